@@ -340,6 +340,7 @@ def attend(
     k_new: Tensor,
     v_new: Tensor,
     mask: Tensor | None,
+    start: int | None,
     causal: bool,
     scale: float,
     k_layout: Layout,
@@ -349,20 +350,20 @@ def attend(
     """Attention of the new queries over what the cache holds and over the new tokens themselves, which are exact.
 
     q [B, query heads, n, Dk]; k_new [B, H, n, Dk] and v_new [B, H, n, Dv] are the tokens that will be appended, at
-    positions L .. L+n-1 of a cache of L tokens. mask [b, h, n, W >= L+n] by absolute position: bool (True: visible) or
-    additive; without one, `causal` says whether query i sees positions up to L+i or all of them.
-    Returns [B, query heads, n, Dv] in q's dtype.
+    positions L .. L+n-1 where L is `start`, or the tokens in the cache. mask [b, h, n, W >= L+n] by absolute position:
+    bool (True: visible) or additive; it must hide every position from L+n on. Without a mask, `causal` says whether
+    query i sees positions up to L+i or all of them. Returns [B, query heads, n, Dv] in q's dtype.
     """
     kv, vv = views(k_data, k_layout), views(v_data, v_layout)
-    length, k_encoded = lengths(kv)
+    k_length, k_encoded = lengths(kv)
     v_length, v_encoded = lengths(vv)
-    if length != v_length:
-        raise ValueError(f"keys hold {length} tokens and values {v_length}")
+    length = k_length if start is None else start
+    if length > min(k_length, v_length) or (start is None and k_length != v_length):
+        raise ValueError(f"attention from position {length} of a cache of {k_length} keys and {v_length} values")
     batch, heads, n, _ = q.shape
     groups, total = heads // k_layout.heads, length + n
     if mask is not None:
-        if mask.shape[-1] < total:
-            raise ValueError(f"a mask over {mask.shape[-1]} positions for a cache of {total} tokens")
+        check_mask(mask, total)
         mask = mask[..., :total]
     elif causal:
         mask = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(length)[None, None]
@@ -376,8 +377,8 @@ def attend(
     # the part of the body that both tensors have encoded; all else is read token by token
     unit = max(k_layout.unit, v_layout.unit)
     same = k_layout.sink == v_layout.sink
-    body = min(k_encoded, v_encoded) // unit * unit if same else 0
-    sink = k_layout.sink if same else 0
+    sink = k_layout.sink
+    body = max(0, min(k_encoded, v_encoded, length - sink)) // unit * unit if same else 0
     parts = []
     for first in range(0, body, SPAN):
         last = min(first + SPAN, body)
@@ -385,12 +386,24 @@ def attend(
         v = decode_body(*body_slices(vv, v_layout, first, last), v_layout)
         window = None if mask is None else mask[..., sink + first : sink + last]
         parts.append(partial(rows, k, v, window, scale))
-    head, tail = min(sink, length) if body else 0, sink + body if body else 0
+    head, tail = (sink, sink + body) if body else (0, 0)
     k = torch.cat([read(k_data, k_layout, 0, head), read(k_data, k_layout, tail, length), k_new], 2)
     v = torch.cat([read(v_data, v_layout, 0, head), read(v_data, v_layout, tail, length), v_new], 2)
     window = None if mask is None else torch.cat([mask[..., :head], mask[..., tail:]], -1)
     parts.append(partial(rows, k, v, window, scale))
     return merge(parts).reshape(batch, heads, n, -1).to(q.dtype)
+
+
+HIDDEN = -1e4  # an additive mask at or below this gives a softmax weight of exactly zero
+
+
+def check_mask(mask: Tensor, total: int) -> None:
+    """Raise if a mask [b, h, n, W] is too short for `total` tokens or shows a position that the cache does not hold."""
+    if mask.shape[-1] < total:
+        raise ValueError(f"a mask over {mask.shape[-1]} positions for a cache of {total} tokens")
+    tail = mask[..., total:]
+    if tail.numel() and bool((tail if tail.dtype == torch.bool else tail > HIDDEN).any()):
+        raise ValueError(f"the attention mask shows positions from {total} on, which the cache does not hold")
 
 
 def codec_of(bits: int, block: tuple[int, int], zero_point: bool = True) -> Codec:

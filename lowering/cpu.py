@@ -1,0 +1,74 @@
+"""The kvc:: operators on the CPU: the reference semantics, its dequantisation compiled by Inductor where that pays.
+
+Reading a length from an arena costs nothing here, so only the valid tokens are touched. `read` and `grow` run on any
+device: they are not on the path of a decode step.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kvc_compile.kernels import reference
+from kvc_compile.layout import Layout
+
+COMPILE_FROM = 1 << 17  # elements of one dequantisation above which a compiled one is worth its compile time
+
+
+@functools.cache
+def _compiled_decode(layout: Layout):
+    def decode_body(planes, params):
+        return reference.decode_body(planes, params, layout)
+
+    return torch.compile(decode_body, dynamic=True, fullgraph=True)
+
+
+def decode_body(planes, params, layout: Layout) -> Tensor:
+    """`reference.decode_body`, compiled for large parts."""
+    count = sum(p.numel() * layout.codes_per_word(b) for p, b in zip(planes, layout.planes, strict=True))
+    if layout.codec.kind == "raw":
+        return planes[0]
+    if count < COMPILE_FROM or torch.compiler.is_compiling():
+        return reference.decode_body(planes, params, layout)
+    return _compiled_decode(layout)(planes, params)
+
+
+def start_of(positions: Tensor | None, n: int) -> int | None:
+    """The first position; an error unless the positions are consecutive."""
+    if positions is None:
+        return None
+    first = int(positions.reshape(-1)[0])
+    if positions.numel() != n or (n > 1 and not torch.equal(positions, torch.arange(first, first + n))):
+        raise ValueError(f"a compressed cache takes consecutive positions, got {positions.tolist()} for {n} tokens")
+    return first
+
+
+def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) -> None:
+    reference.append(data, x, layout, start_of(positions, x.shape[2]))
+
+
+def attend(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout: Layout, v_layout: Layout) -> Tensor:
+    start = start_of(positions, k_new.shape[2])
+    return reference.attend(
+        q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, decode_body
+    )
+
+
+def read(data: Tensor, tokens: int, layout: Layout) -> Tensor:
+    return reference.read(data, layout, 0, tokens, decode_body)
+
+
+def grow(data: Tensor, tokens: int, layout: Layout) -> Tensor:
+    """A copy of the arena with room for at least `tokens` tokens."""
+    out = torch.zeros(data.shape[0], layout.row_bytes(tokens), dtype=torch.uint8, device=data.device)
+    old, new = reference.views(data, layout), reference.views(out, layout)
+    out[:, : layout.body_offset] = data[:, : layout.body_offset]
+    for a, b in zip(old.planes, new.planes, strict=True):
+        n = min(a.shape[2], b.shape[2])
+        b[:, :, :n] = a[:, :, :n]
+    if old.params is not None and new.params is not None:
+        n = min(old.params.shape[2], new.params.shape[2])
+        new.params[:, :, :n] = old.params[:, :, :n]
+    return out

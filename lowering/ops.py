@@ -1,0 +1,120 @@
+"""The kvc:: operators: schemas, what they mutate, and their shapes for tracing. They take arenas (`kvc_compile.layout`)
+and layouts by key, so a graph that holds them can be printed, cached and run by itself.
+
+    kvc::empty    a new arena
+    kvc::encode   a new arena that holds some tokens
+    kvc::extend   a larger copy of an arena with tokens appended
+    kvc::append   tokens appended in place
+    kvc::attend   attention over an arena pair and the tokens about to be appended
+    kvc::read     the content as plain values
+
+The CPU runs the reference semantics (`lowering.cpu`), CUDA the Triton kernels (`lowering.launch`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from kvc_compile.layout import Layout
+from kvc_compile.lowering import cpu
+
+
+def _kernels():
+    from kvc_compile.lowering import launch
+
+    return launch
+
+
+@custom_op("kvc::empty", mutates_args=())
+def empty(like: Tensor, batch: int, tokens: int, layout: str) -> Tensor:
+    """A new arena for `batch` rows of up to `tokens` tokens on the device of `like`."""
+    return torch.zeros(batch, Layout.parse(layout).row_bytes(tokens), dtype=torch.uint8, device=like.device)
+
+
+@empty.register_fake
+def _(like, batch, tokens, layout):
+    return like.new_empty((batch, Layout.parse(layout).row_bytes(tokens)), dtype=torch.uint8)
+
+
+@custom_op("kvc::append", mutates_args=("data",))
+def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: str) -> None:
+    """Append x [B, H, n, D]; `positions` int [n] are where the graph writes them (the end of the cache unless given)."""
+    parsed = Layout.parse(layout)
+    if data.is_cuda:
+        _kernels().append(data, x, parsed, positions)
+    else:
+        cpu.append(data, x, positions, parsed)
+
+
+@append.register_fake
+def _(data, x, positions, layout):
+    return None
+
+
+@custom_op("kvc::encode", mutates_args=())
+def encode(x: Tensor, tokens: int, layout: str) -> Tensor:
+    """A new arena with room for `tokens` tokens that holds x [B, H, n, D]."""
+    parsed = Layout.parse(layout)
+    data = torch.zeros(x.shape[0], parsed.row_bytes(tokens), dtype=torch.uint8, device=x.device)
+    append(data, x, None, layout)
+    return data
+
+
+@encode.register_fake
+def _(x, tokens, layout):
+    return x.new_empty((x.shape[0], Layout.parse(layout).row_bytes(tokens)), dtype=torch.uint8)
+
+
+@custom_op("kvc::extend", mutates_args=())
+def extend(data: Tensor, x: Tensor, tokens: int, layout: str) -> Tensor:
+    """A copy of the arena with room for `tokens` tokens and x [B, H, n, D] appended."""
+    grown = cpu.grow(data, tokens, Layout.parse(layout))
+    append(grown, x, None, layout)
+    return grown
+
+
+@extend.register_fake
+def _(data, x, tokens, layout):
+    return data.new_empty((data.shape[0], Layout.parse(layout).row_bytes(tokens)))
+
+
+@custom_op("kvc::read", mutates_args=())
+def read(data: Tensor, tokens: int, layout: str) -> Tensor:
+    """The first `tokens` positions as values [B, H, tokens, D] in the model's dtype; zeros past the end."""
+    out = cpu.read(data, tokens, Layout.parse(layout))
+    return out.clone() if out._is_view() else out
+
+
+@read.register_fake
+def _(data, tokens, layout):
+    p = Layout.parse(layout)
+    return data.new_empty((data.shape[0], p.heads, tokens, p.channels), dtype=getattr(torch, p.dtype))
+
+
+@custom_op("kvc::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k_data: Tensor,
+    v_data: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    causal: bool,
+    scale: float,
+    k_layout: str,
+    v_layout: str,
+) -> Tensor:
+    """Attention of q [B, query heads, n, Dk] over the cache and the new tokens; see `kernels.reference.attend`."""
+    k, v = Layout.parse(k_layout), Layout.parse(v_layout)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    run = _kernels().attend if q.is_cuda else cpu.attend
+    return run(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v)
+
+
+@attend.register_fake
+def _(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout, v_layout):
+    return q.new_empty((*q.shape[:-1], v_new.shape[-1]))
