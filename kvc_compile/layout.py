@@ -10,8 +10,8 @@ so that selecting or reordering sequences is an index over rows. A row holds, in
     params   fp16  [heads, capacity/t, groups, 2 or 1]   scale (and middle) of each block of t tokens x c channels
 
 `length` is the number of tokens in the cache, `encoded` how many of them are in the planes: the tokens
-sink .. sink+encoded-1. Every token after those is in the ring. (Every head has a header so that budgets may differ by head and
-one program may append to one head; today all heads and rows of an arena agree.) The *body* token i is position sink + i.
+sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is position sink + i. Every head has a header,
+so that budgets may differ by head and one program may append to one head; today all heads and rows of an arena agree.
 
 A word packs tokens, not channels: with n codes to a word, the word at row t of a packing block holds the tokens
 t, t+16, t+32, ... of one channel, lowest bits first (here 4 bits in 8-bit words, n = 2):
@@ -157,7 +157,8 @@ class Layout:
 
     @cached_property
     def unit_bytes(self) -> int:
-        return sum(self.plane_bytes(p, self.unit) for p in self.planes) + self.params_bytes(self.unit)
+        """Bytes that one unit more of capacity adds to a row, a multiple of 16 so that every row starts aligned."""
+        return round_up(sum(self.plane_bytes(p, self.unit) for p in self.planes) + self.params_bytes(self.unit), 16)
 
     def plane_offset(self, index: int, capacity: int) -> int:
         return self.body_offset + sum(self.plane_bytes(p, capacity) for p in self.planes[:index])
@@ -175,7 +176,7 @@ class Layout:
 
     def row_bytes(self, tokens: int) -> int:
         """Bytes of one batch row of a cache for `tokens` tokens, header, regions and scales included."""
-        return round_up(self.body_offset + self.capacity(tokens) // self.unit * self.unit_bytes, 16)
+        return self.body_offset + self.capacity(tokens) // self.unit * self.unit_bytes
 
     def capacity_of(self, row_bytes: int) -> int:
         """The body capacity of a row of this size: the inverse of `row_bytes`."""

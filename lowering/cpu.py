@@ -61,8 +61,13 @@ def read(data: Tensor, tokens: int, layout: Layout) -> Tensor:
 
 
 def grow(data: Tensor, tokens: int, layout: Layout) -> Tensor:
-    """A copy of the arena with room for at least `tokens` tokens."""
-    out = torch.zeros(data.shape[0], layout.row_bytes(tokens), dtype=torch.uint8, device=data.device)
+    """A copy of the arena with room for `tokens` tokens."""
+    return resize(data, layout.row_bytes(tokens), layout)
+
+
+def resize(data: Tensor, row_bytes: int, layout: Layout) -> Tensor:
+    """A copy of the arena, uint8 [B, row_bytes], with all that both have room for."""
+    out = torch.zeros(data.shape[0], row_bytes, dtype=torch.uint8, device=data.device)
     old, new = reference.views(data, layout), reference.views(out, layout)
     out[:, : layout.body_offset] = data[:, : layout.body_offset]
     for a, b in zip(old.planes, new.planes, strict=True):

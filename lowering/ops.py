@@ -68,16 +68,22 @@ def _(x, tokens, layout):
 
 
 @custom_op("kvc::extend", mutates_args=())
-def extend(data: Tensor, x: Tensor, tokens: int, layout: str) -> Tensor:
-    """A copy of the arena with room for `tokens` tokens and x [B, H, n, D] appended."""
-    grown = cpu.grow(data, tokens, Layout.parse(layout))
+def extend(data: Tensor, x: Tensor, layout: str) -> Tensor:
+    """A copy of the arena with room for n more tokens and x [B, H, n, D] appended."""
+    parsed = Layout.parse(layout)
+    grown = cpu.resize(data, _extended(data.shape[1], x.shape[2], parsed), parsed)
     append(grown, x, None, layout)
     return grown
 
 
+def _extended(row_bytes: int, n: int, layout: Layout) -> int:
+    """Row bytes after n tokens more: never less room than they need, whatever part of it was free."""
+    return row_bytes + (n + layout.flush + layout.unit - 1) // layout.unit * layout.unit_bytes
+
+
 @extend.register_fake
-def _(data, x, tokens, layout):
-    return data.new_empty((data.shape[0], Layout.parse(layout).row_bytes(tokens)))
+def _(data, x, layout):
+    return data.new_empty((data.shape[0], _extended(data.shape[1], x.shape[2], Layout.parse(layout))))
 
 
 @custom_op("kvc::read", mutates_args=())

@@ -1,8 +1,8 @@
 """The kinds of value a vocabulary is built from. Each kind checks a value, and describes itself for people and editors.
 
     check(node, path, ctx) -> plain data     the canonical spelling of the value; SpecError if it is not of this kind
-    claims(node) -> bool                     whether a value is *meant* to be of this kind: its error is then the useful one
-    text() -> str                            how the reference page writes it
+    claims(node) -> bool                     whether a value is meant as this kind: then its error is the useful one
+    text() -> str                            how the reference page writes it; * marks what is only checked
     json() -> dict                           JSON Schema, for editors
     words() -> tuple of str                  its spellings, to find the nearest one
 
@@ -11,6 +11,7 @@ What is checked but not implemented yet is collected in `Context.todo`, so one w
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from .errors import Path, SpecError, nearest, show, show_path
 from .source import MAX_INT, Node, scalar
 
 Json = dict[str, Any]
+ALLOWED = 160  # characters of an error's list of what is allowed
 
 
 @dataclass
@@ -35,12 +37,20 @@ class Context:
     planned: int = 0  # > 0 inside a key that is itself in `todo`
 
     def fail(
-        self, path: Path, message: str, found: object = None, allowed: str | None = None, near: str | None = None
+        self,
+        path: Path,
+        message: str,
+        found: Node | str | None = None,
+        allowed: str | None = None,
+        near: str | None = None,
     ) -> NoReturn:
-        shown = found if isinstance(found, str) or found is None else show(found.value if isinstance(found, Node) else found)
-        raise SpecError(
-            message, file=self.file, path=show_path(path), line=self.line(path), found=shown, allowed=allowed, nearest=near
-        )
+        """Raises the error. found: a Node, or its description; allowed: cut where long; near: the nearest spelling."""
+        shown = show(found.value) if isinstance(found, Node) else found
+        allowed = re.sub(r"\*(?=[\s,;)\]]|$)", "", allowed) if allowed else None  # the mark of what is not implemented
+        if allowed and len(allowed) > ALLOWED:
+            allowed = allowed[:ALLOWED].rsplit(" ", 1)[0] + " ..., see docs/spec.md"
+        where, line = show_path(path), self.line(path)
+        raise SpecError(message, file=self.file, path=where, line=line, found=shown, allowed=allowed, nearest=near)
 
     def later(self, path: Path, what: str = "") -> None:
         if not self.planned:
@@ -105,7 +115,11 @@ class Int(Scalar):
         return int(value)
 
     def text(self) -> str:
-        return ", ".join(map(str, self.only)) if self.only else f"{self.name} ({self.lo}..{self.hi})"
+        if self.only:
+            return ", ".join(f"{n}" if self.done is None or n in self.done else f"{n}*" for n in self.only)
+        if self.done is not None:
+            return f"{self.name} ({', '.join(map(str, self.done))}; others to {self.hi}*)"
+        return f"{self.name} ({self.lo}..{self.hi})"
 
     def json(self) -> Json:
         if self.only:
@@ -189,7 +203,7 @@ class Enum(Scalar):
 
 @dataclass(frozen=True)
 class Pattern(Scalar):
-    """A string of a fixed form, such as `25%`. shape: how to write it; regex: matches all of it; what: the complaint."""
+    """A string of a fixed form, such as `25%`. shape: how to write it; regex: all of it; what: the complaint."""
 
     shape: str
     regex: str
@@ -274,7 +288,8 @@ class Expr(Scalar):
             return rest[1:]
         if not tokens or not (tokens[0] in self.variables or re.fullmatch(r"[0-9]+(\.[0-9]+)?", tokens[0], re.ASCII)):
             found = show(tokens[0]) if tokens else "the end"
-            ctx.fail(path, self.what, f"{found} where a number or {' or '.join(self.variables)} is expected", self.text())
+            expected = " or ".join(("a number", *self.variables))
+            ctx.fail(path, self.what, f"{found} where {expected} is expected", self.text())
         return tokens[1:]
 
     def text(self) -> str:
@@ -308,7 +323,7 @@ _FILE = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\.(?:saf
 
 @dataclass(frozen=True)
 class File(Scalar):
-    """An artefact in the spec's folder or below: tensors, tables. Pickles (.pt) pass the check and are refused later."""
+    """An artefact in the spec's folder or below: tensors, tables. Pickles (.pt) pass the check, to be refused later."""
 
     what = "not the path of an artefact"
 
@@ -318,7 +333,7 @@ class File(Scalar):
     def check(self, node: Node, path: Path, ctx: Context) -> str:
         value = node.value
         if type(value) is not str or len(value) > 200 or not re.fullmatch(_FILE, value, re.ASCII):
-            self.refuse(node, path, ctx)
+            ctx.fail(path, self.what, node, "a relative path in the spec's folder: .safetensors, .json or .tsv")
         if ctx.root is not None and not self._inside(ctx.root, value):
             ctx.fail(path, "the file lies outside the spec's folder", node, "a file in the spec's folder or below")
         if value.endswith(".pt"):
@@ -335,7 +350,7 @@ class File(Scalar):
             return False
 
     def text(self) -> str:
-        return "FILE (relative, .safetensors | .json | .tsv)"
+        return "FILE"
 
     def json(self) -> Json:
         return {"type": "string", "pattern": "^" + _FILE.replace("(?:", "(") + "$"}
@@ -373,7 +388,8 @@ class Call(Scalar):
         return f"{self.head} {arg}" if self.spaced else f"{self.head}({arg})"
 
     def json(self) -> Json:
-        return {"type": "string", "pattern": rf"^{self.head}\s*(\(.+\)|\s.+)$" if self.spaced else rf"^{self.head}\(.+\)$"}
+        arg = r"\s*(\(.+\)|\s.+)" if self.spaced else r"\(.+\)"
+        return {"type": "string", "pattern": f"^{self.head}{arg}$"}
 
     def words(self) -> tuple[str, ...]:
         return (self.text(),)
@@ -395,7 +411,8 @@ class OneOf:
         for option in self.options:
             if option.claims(node):
                 return option.check(node, path, ctx)
-        ctx.fail(path, "not a valid value", node, self.text(), nearest(node.value, self.words()))
+        allowed = " | ".join((o.table[o.name] if isinstance(o, Ref) else o).text() for o in self.options)
+        ctx.fail(path, "not a valid value", node, allowed, nearest(node.value, self.words()))
 
     def text(self) -> str:
         return " | ".join(option.text() for option in self.options)
@@ -417,7 +434,7 @@ class Planned:
         return self.type.claims(node)
 
     def check(self, node: Node, path: Path, ctx: Context) -> Any:
-        found = "" if isinstance(node.value, (dict, list)) else str(node.value)
+        found = "" if isinstance(node.value, (dict, list)) else show(node.value).strip("'")
         ctx.later(path, found)
         ctx.planned += 1
         try:
@@ -442,7 +459,7 @@ class Container:
 
 @dataclass(frozen=True)
 class List(Container):
-    """A list of lo..hi items. unique: no item twice."""
+    """A list of lo..hi items, each greater than the one before if `ascending`."""
 
     item: Type
     lo: int = 1
@@ -458,7 +475,7 @@ class List(Container):
         if not self.lo <= len(node.value) <= self.hi:
             ctx.fail(path, "too few or too many items", node, f"{self.lo}..{self.hi} items")
         items = [self.item.check(item, (*path, i), ctx) for i, item in enumerate(node.value)]
-        if self.ascending and any(a >= b for a, b in zip(items, items[1:])):
+        if self.ascending and any(a >= b for a, b in itertools.pairwise(items)):
             ctx.fail(path, "the items must ascend", show(", ".join(map(str, items))))
         return items
 
@@ -526,9 +543,10 @@ class Map(Container):
             ctx.fail(path, "not a mapping", node, self.text())
         chosen = [name for name in self.one_of if name in value]
         if len(chosen) > 1:
-            ctx.fail((*path, chosen[1]), f"cannot be given together with `{chosen[0]}`", allowed="one of " + self._names())
-        out = {name: self._item(key, value[name], (*path, name), ctx) for name, key in self.keys.items() if name in value}
-        for name in value:
+            ctx.fail((*path, chosen[1]), f"cannot be given with `{chosen[0]}`", allowed="one of " + self._names())
+        given = [(name, key) for name, key in self.keys.items() if name in value]
+        out = {name: self._item(key, value[name], (*path, name), ctx) for name, key in given}
+        for name in sorted(value):
             if name not in self.keys:
                 out[name] = self._extra(name, value[name], path, ctx)
         if self.need and not chosen:
@@ -547,8 +565,13 @@ class Map(Container):
             ctx.fail((*path, name), "unknown key", show(name), ", ".join(self.keys), nearest(name, self.keys))
         kind, key = self.open
         if not kind.claims(Node(name)):
-            ctx.fail((*path, name), "unknown key", show(name), f"{', '.join(self.keys)}, {kind.text()}".lstrip(", "),
-                     nearest(name, self.keys))
+            ctx.fail(
+                (*path, name),
+                "unknown key",
+                show(name),
+                f"{', '.join(self.keys)}, {kind.text()}".lstrip(", "),
+                nearest(name, self.keys),
+            )
         kind.check(Node(name, node.line), (*path, name), ctx)
         return self._item(key, node, (*path, name), ctx)
 

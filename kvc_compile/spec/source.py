@@ -29,14 +29,14 @@ MAX_INT = 2**63 - 1
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 _DIGITS = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?([0-9]{1,40}\.[0-9]{0,40}|\.[0-9]{1,40}|[0-9]{1,40})([eE][-+]?[0-9]{1,4})?")
-_NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 _BOOL = {w: b for b, ws in ((True, "true yes on"), (False, "false no off")) for w in ws.split()}
 _BOOL |= {form(w): b for w, b in list(_BOOL.items()) for form in (str.capitalize, str.upper)}
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """value: None, bool, int, float, str, a list of Nodes or a dict of str to Node; line: from 1, None if not a file."""
+    """value: None, bool, int, float, str, a list of Nodes or a dict of str to Node; line: from 1, None if no file."""
 
     value: Any
     line: int | None = None
@@ -103,13 +103,18 @@ def from_data(data: object, file: str | None = None) -> Node:
         if value is None or type(value) in (bool, int, float, str):
             return Node(_limited(value, file, None, path))
         kind = type(value).__name__
-        raise SpecError("not plain data", file=file, path=show_path(path), found=f"an object of type {kind}",
-                        allowed="mapping, list, string, number, true or false")
+        raise SpecError(
+            "not plain data",
+            file=file,
+            path=show_path(path),
+            found=f"an object of type {kind}",
+            allowed="mapping, list, string, number, true or false",
+        )
 
     return convert(data, ())
 
 
-def scalar(text: str) -> None | bool | int | float | str:
+def scalar(text: str) -> bool | int | float | str | None:
     """What a plain (unquoted) scalar means."""
     if text in ("", "~", "null", "Null", "NULL"):
         return None
@@ -168,36 +173,34 @@ class _Builder:
 
     def _node(self, event: yaml.NodeEvent, line: int | None) -> None:
         path = self._path()
-        where = {"file": self.file, "line": line, "path": show_path(path)}
+        tag = getattr(event, "tag", None)
         self.nodes += 1
         if self.nodes > MAX_NODES or len(self.stack) > MAX_DEPTH:
             raise _too_big(self.file, line, path[:6])
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise SpecError("anchors and aliases are not allowed", found=show(event.anchor), **where)
-        if getattr(event, "tag", None) is not None:
-            raise SpecError("YAML tags are not allowed", found=show(event.tag), **where)
+            raise self._error("anchors and aliases are not allowed", line, path, event.anchor)
+        if tag is not None:
+            raise self._error("YAML tags are not allowed", line, path, tag)
         if isinstance(event, yaml.ScalarEvent):
             value = scalar(event.value) if event.style is None else event.value
-            if event.style is None and (_DIGITS.fullmatch(event.value) or _NOT_FINITE.fullmatch(event.value)):
-                value = self._number(event.value, value, where)
+            if event.style is None and _too_long(event.value):
+                raise self._error("the number is too large", line, path, event.value)
+            if event.style is None and _NOT_FINITE.fullmatch(event.value):
+                raise self._error("numbers must be finite", line, path, event.value)
             node = Node(_limited(value, self.file, line, path), line)
             if self.stack and isinstance(self.stack[-1][0], dict) and self.keys[-1] is None:
                 self._open_key(node)
             else:
                 self._attach(node, path)
         elif self.stack and isinstance(self.stack[-1][0], dict) and self.keys[-1] is None:
-            raise SpecError("a key must be a word or a number, not a list or mapping", **where)
+            raise self._error("not a key", line, path, "a list or mapping")
         else:
             frame: list[Node] | dict[str, Node] = [] if isinstance(event, yaml.SequenceStartEvent) else {}
             self.stack.append((frame, line or 0, path))
             self.keys.append(None)
 
-    def _number(self, text: str, value: Any, where: dict[str, Any]) -> Any:
-        if _NOT_FINITE.fullmatch(text) and text.lstrip("+-")[:1] == ".":
-            raise SpecError("numbers must be finite", found=show(text), **where)
-        if _DIGITS.fullmatch(text) and len(text) > 19 and text.lstrip("+-")[:1] != "0":
-            raise SpecError("the number is too large", found=show(text), **where)
-        return value
+    def _error(self, message: str, line: int | None, path: Path, found: object) -> SpecError:
+        return SpecError(message, file=self.file, line=line, path=show_path(path), found=show(found))
 
     def _open_key(self, node: Node) -> None:
         frame, _, path = self.stack[-1]
@@ -230,6 +233,11 @@ class _Builder:
         return path if key is None else (*path, key)
 
 
+def _too_long(text: str) -> bool:
+    """A whole number that no 64 bits hold; `scalar` would take it for a float."""
+    return _DIGITS.fullmatch(text) is not None and len(text.lstrip("+-0")) > 19
+
+
 def _key(node: Node, file: str | None, path: Path) -> str:
     """Keys are strings; layer ranges such as 0 or -1 may be written without quotes."""
     value = node.value
@@ -237,8 +245,14 @@ def _key(node: Node, file: str | None, path: Path) -> str:
         return str(value)
     if type(value) is not str or not 0 < len(value) <= 200:
         found = show(value) if value is None or type(value) in (bool, int, float, str) else type(value).__name__
-        raise SpecError("not a key", file=file, line=node.line, path=show_path(path), found=found,
-                        allowed="a word of up to 200 characters")
+        raise SpecError(
+            "not a key",
+            file=file,
+            line=node.line,
+            path=show_path(path),
+            found=found,
+            allowed="a word of up to 200 characters",
+        )
     if value == "<<":
         raise SpecError("merge keys are not allowed", file=file, line=node.line, path=show_path(path))
     _limited(value, file, node.line, path)
@@ -263,5 +277,5 @@ def _limited(value: Any, file: str | None, line: int | None, path: Path) -> Any:
 
 def _too_big(file: str | None, line: int | None, path: Path) -> SpecError:
     allowed = f"{MAX_DEPTH} levels and {MAX_NODES} values"
-    return SpecError("nested too deeply or too many values", file=file, line=line, path=show_path(path), allowed=allowed)
-
+    where = show_path(path)
+    return SpecError("nested too deeply or too many values", file=file, line=line, path=where, allowed=allowed)

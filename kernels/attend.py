@@ -1,0 +1,210 @@
+"""Attention over a compressed cache and the new tokens: one skeleton for decoding and for chunks of a prompt.
+
+Symbols beyond those of `kernels.codec`:
+
+    q, k_new, v_new   the new tokens [B, query heads or H, n, D]; they stand at the positions L .. L+n-1
+    L, T              tokens in the cache, and with the new ones: T = L + n
+    G                 query heads of one kv head;  query rows r = i * G + g: query i, head g of the group
+    BM, BN            rows of a tile; tokens of a tile, which begins at position origin + BN * tile, origin <= 0
+    DK, DV            channels of a key and of a value, rounded up to powers of two
+    S                 splits of the sequence; each leaves (o, lse) and `merge` combines them
+
+    s = q k^T * scale (+ mask)      m = max s      l = sum exp(s - m)      o = sum exp(s - m) v / l      lse = m + log l
+    out = sum_S exp(lse_S - lse) o_S
+
+A tile is of one of three kinds, so that the common ones cost no selection: BODY, all of whose keys and values are
+packed; NEW, all of whose tokens are in k_new; and MIXED, read token by token. Packed words are unpacked in registers.
+Which tiles a split takes follows from the lengths in the arenas: no launch parameter depends on them.
+Rows that see nothing are 0; a cache that has faulted gives NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvc_compile.kernels.codec import header_pointer, load_body, load_new, load_tokens
+
+MIXED, BODY, NEW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_MASK, BOOL_MASK, ADDED_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.constexpr_function
+def origin(k, bn):
+    """Where the tiles begin: tiles lie on multiples of BN in the body of the keys."""
+    return k.sink - -(-k.sink // bn) * bn
+
+
+@triton.constexpr_function
+def one_block(f, start, bn):
+    """Whether every tile's body tokens share a scale block."""
+    return f.t > 0 and f.t % bn == 0 and (f.sink - start) % bn == 0
+
+
+@triton.jit
+def soft_step(q, k, v, seen, bias, scale, m, l, acc, DOT: tl.constexpr):
+    """One tile of online softmax: the new (m, l, acc), acc not yet divided by l."""
+    PRECISION: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32"
+    s = tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * scale + bias
+    s = tl.where(seen, s, float("-inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing
+    p = tl.exp2((s - shift[:, None]) * LOG2E)
+    decay = tl.exp2((m - shift) * LOG2E)
+    acc = tl.dot(p.to(DOT), v.to(DOT), acc * decay[:, None], input_precision=PRECISION)
+    return top, l * decay + tl.sum(p, 1), acc
+
+
+@triton.jit
+def tile_step(
+    KIND: tl.constexpr, p0, q, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_stride, h, NK, NV,
+    length, k_encoded, v_encoded, total, i, scale, m, l, acc,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Attend to the BN tokens from position p0 on."""
+    K_ONE: tl.constexpr = one_block(K, origin(K, BN), BN)
+    V_ONE: tl.constexpr = one_block(V, origin(K, BN), BN)
+    ELEMENT: tl.constexpr = k_new.dtype.element_ty
+    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
+    if KIND == BODY:
+        k = load_body(k_arena, h, NK, p0 - K.sink, k_encoded, dk, K_ONE, BN, ELEMENT, K)
+        v = load_body(v_arena, h, NV, p0 - V.sink, v_encoded, dv, V_ONE, BN, ELEMENT, V)
+    elif KIND == NEW:
+        k = load_new(k_new, k_stride, p0 - length, total - length, dk, BN, K)
+        v = load_new(v_new, v_stride, p0 - length, total - length, dv, BN, V)
+    else:
+        k = load_tokens(k_arena, k_new, k_stride, h, NK, length, k_encoded, total, p0, dk, K_ONE, BN, K)
+        v = load_tokens(v_arena, v_new, v_stride, h, NV, length, v_encoded, total, p0, dv, V_ONE, BN, V)
+    p = p0 + tl.arange(0, BN)
+    seen = ((p >= 0) & (p < total))[None, :]
+    bias = 0.0
+    if MASK != NO_MASK:
+        cell = tl.load(mask_rows[:, None] + p.to(tl.int64)[None, :] * mask_stride, mask=seen, other=0)
+        if MASK == BOOL_MASK:
+            seen = seen & (cell != 0)
+        else:
+            bias = cell.to(tl.float32)
+    elif CAUSAL and KIND != BODY:
+        seen = seen & (p[None, :] <= length + i[:, None])
+    return soft_step(q, k, v, seen, bias, scale, m, l, acc, DOT)
+
+
+@triton.jit(do_not_specialize=["NK", "NV", "n", "S", "width", "mask_b", "mask_h", "mask_n", "mask_p"])
+def attend_split(
+    q, k_new, v_new, mask, out, lse, k_data, v_data, scale, n, S, NK, NV, k_row, v_row, width,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
+    G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr, DIRECT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Program: (BM query rows, batch row and kv head, split).
+
+    CHUNK: whole tiles of new tokens are likely. DIRECT: S is 1 and `out` [B, query heads, n, Dv] is final; otherwise
+    out is fp32 [S, B * H * n * G, Dv] and lse [S, B * H * n * G].
+    """
+    ORIGIN: tl.constexpr = origin(K, BN)
+    b, h = tl.program_id(1) // K.heads, tl.program_id(1) % K.heads
+    b, h = b.to(tl.int64), h.to(tl.int64)
+    split = tl.program_id(2)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = n * G
+    i, g = r // G, r % G
+    k_arena, v_arena = k_data + b * k_row, v_data + b * v_row
+    k_new += b * k_b + h * k_h
+    v_new += b * v_b + h * v_h
+    scale = scale.to(tl.float32)
+
+    k_head, v_head = header_pointer(k_arena, h), header_pointer(v_arena, h)
+    length = tl.load(k_head).to(tl.int32)
+    k_encoded = tl.load(k_head + 1).to(tl.int32)
+    v_encoded = tl.load(v_head + 1).to(tl.int32)
+    total = length + n
+    fault = (tl.load(k_head + 2) != 0) | (tl.load(v_head + 2) != 0) | (tl.load(v_head).to(tl.int32) != length)
+    end = total
+    if MASK != NO_MASK:
+        fault = fault | (width < total)
+        end = tl.minimum(end, width)
+        total = end
+    elif CAUSAL:
+        end = tl.minimum(total, length + (tl.program_id(0) * BM + BM - 1) // G + 1)
+
+    # tiles [0, a) and [b_, c) are mixed, [a, b_) body, [c, last) new
+    last = (end - ORIGIN + BN - 1) // BN
+    SINKS: tl.constexpr = K.sink if K.sink > V.sink else V.sink
+    packed = (tl.minimum(K.sink + k_encoded, V.sink + v_encoded) - ORIGIN) // BN
+    first_body = tl.minimum((SINKS - ORIGIN + BN - 1) // BN, last)
+    last_body = tl.minimum(tl.maximum(packed, first_body), last)
+    first_new = last
+    if CHUNK:
+        first_new = tl.minimum(tl.maximum((length - ORIGIN + BN - 1) // BN, last_body), last)
+
+    q_rows = q + b * q_b + (h * G + g) * q_h + i.to(tl.int64) * q_n
+    d = tl.arange(0, DK)
+    live = (r < rows)[:, None]
+    x = tl.load(q_rows[:, None] + d[None, :], mask=live & (d < K.channels)[None, :], other=0.0).to(DOT)
+    mask_rows = mask + b * mask_b + (h * G + g) * mask_h + tl.minimum(i, n - 1).to(tl.int64) * mask_n
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DV], tl.float32)
+
+    share = (last_body - first_body + S - 1) // S
+    lo = first_body + split * share
+    for tile in tl.range(lo, tl.minimum(lo + share, last_body), num_stages=2):
+        m, l, acc = tile_step(
+            BODY, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
+            length, k_encoded, v_encoded, total, i, scale, m, l, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V)  # fmt: skip
+    for turn in tl.range(split, first_body + first_new - last_body, S, num_stages=1):
+        tile = tl.where(turn < first_body, turn, turn - first_body + last_body)
+        m, l, acc = tile_step(
+            MIXED, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
+            length, k_encoded, v_encoded, total, i, scale, m, l, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V)  # fmt: skip
+    if CHUNK:
+        share = (last - first_new + S - 1) // S
+        lo = first_new + split * share
+        for tile in tl.range(lo, tl.minimum(lo + share, last), num_stages=2):
+            m, l, acc = tile_step(
+                NEW, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
+                length, k_encoded, v_encoded, total, i, scale, m, l, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V)  # fmt: skip
+
+    acc = tl.where(l[:, None] > 0, acc / tl.where(l > 0, l, 1.0)[:, None], 0.0)
+    acc = tl.where(fault | (l != l)[:, None], float("nan"), acc)
+    dv = tl.arange(0, DV)
+    live = live & (dv < V.channels)[None, :]
+    row = tl.program_id(1).to(tl.int64) * rows
+    if DIRECT:
+        at = out + (row + g * n + i)[:, None] * V.channels + dv[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=live)
+    else:
+        row += split * tl.num_programs(1).to(tl.int64) * rows + r
+        tl.store(out + row[:, None] * V.channels + dv[None, :], acc, mask=live)
+        weight = tl.where(l > 0, m + tl.log(tl.where(l > 0, l, 1.0)), float("-inf"))
+        tl.store(lse + row, tl.where(fault, 0.0, weight), mask=r < rows)
+
+
+@triton.jit(do_not_specialize=["n", "S"])
+def merge(parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr):
+    """out = sum_S exp(lse_S - lse) o_S for one query row, BS splits at a time; D channels in a tile of DV."""
+    row = tl.program_id(0).to(tl.int64)  # (batch row and kv head) * n * G + i * G + g
+    rows = tl.num_programs(0).to(tl.int64)
+    d = tl.arange(0, DV)
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([DV], tl.float32)
+    for s0 in range(0, S, BS):
+        s = s0 + tl.arange(0, BS)
+        at = s * rows + row
+        w = tl.load(lse + at, mask=s < S, other=float("-inf"))
+        o = tl.load(parts + at[:, None] * D + d[None, :], mask=(s < S)[:, None] & (d < D)[None, :], other=0.0)
+        top = tl.maximum(m, tl.max(w, 0))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        w = tl.exp2((w - shift) * LOG2E)
+        decay = tl.exp2((m - shift) * LOG2E)
+        acc = acc * decay + tl.sum(o * w[:, None], 0)
+        l = l * decay + tl.sum(w, 0)
+        m = top
+    acc = tl.where(l > 0, acc / tl.where(l > 0, l, 1.0), 0.0)
+    bh, r = row // (n * G), row % (n * G)
+    at = bh * (n * G) + (r % G) * n + r // G
+    tl.store(out + at * D + d, acc.to(out.dtype.element_ty), mask=d < D)

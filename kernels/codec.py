@@ -1,0 +1,315 @@
+"""Triton building blocks: read and write the tokens of one head of a compressed cache tensor.
+
+The stored form is that of `kvc_compile.layout`, the arithmetic that of `kernels.reference`. Symbols, here and in the
+kernels that use these blocks:
+
+    arena      uint8 pointer to one batch row: header | sink | ring | planes | params
+    F          Form: the facts of the layout that a kernel is compiled for
+    h          head of the cache (kv head)
+    N          capacity: body tokens the row has room for
+    p          position of a token in the sequence;  i = p - F.sink its place in the body
+    d, D, DP   channels of a tile, their number, and that rounded up to a power of two
+    t, c       tokens and channels of a scale block; `groups` blocks cover the channels
+    C          centre of the codes: x^ = (code - C) * scale + middle
+    SPAN       tokens that one row group of 16 words holds, 16 * (codes per word)
+
+All arithmetic is fp32. Rounding is to nearest even by adding 1.5 * 2^23, division is IEEE: codes and params equal the
+reference bit for bit. fp8 goes through integers, so every device and the interpreter run the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+
+from kvc_compile.layout import HEADER_WORDS, Layout
+
+RAW, INT, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+HEADER = tl.constexpr(HEADER_WORDS)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + ROUND - ROUND is x rounded half to even, |x| < 2^22
+FP8_TOP = tl.constexpr(448.0)
+
+
+@dataclass(frozen=True, repr=False)
+class Form:
+    """What a kernel must know of a layout at compile time; passed as one `tl.constexpr`.
+
+    Its repr names the compiled function, so it holds every field and only characters of a symbol.
+    """
+
+    kind: int  # RAW, INT or FP8
+    heads: int
+    channels: int
+    item: int  # bytes of the model's dtype
+    sink: int
+    recent: int
+    flush: int
+    word: int  # bits
+    low: int  # bits of the first plane, of the only one if `high` is 0
+    high: int
+    t: int  # 0: no params
+    c: int
+    groups: int
+    params: int
+    levels: int
+    doubled: int  # 2 C, an integer
+    divisor: int  # twice what the radius of a block is divided by
+    sink_offset: int  # bytes, as all offsets
+    ring_offset: int
+    body_offset: int
+
+    def __repr__(self) -> str:
+        return "F" + "_".join(map(str, astuple(self)))
+
+
+@lru_cache(maxsize=1024)
+def form(layout: Layout) -> Form:
+    """The compile-time facts of `layout`."""
+    codec = layout.codec
+    if layout.dtype == "float64":
+        raise ValueError("no kernel for float64 caches")
+    if codec.params and not (codec.block[0] == 1 or codec.block[0] % 16 == 0):
+        raise ValueError(f"scale blocks of {codec.block[0]} tokens: the kernels know 1 and multiples of 16")
+    if codec.params and layout.flush % codec.block[0]:
+        raise ValueError(f"flushes of {layout.flush} tokens do not fill scale blocks of {codec.block[0]}")
+    planes = (*layout.planes, 0)
+    return Form(
+        kind={"raw": RAW.value, "int": INT.value, "fp": FP8.value}[codec.kind],
+        heads=layout.heads,
+        channels=layout.channels,
+        item=layout.item,
+        sink=layout.sink,
+        recent=layout.recent,
+        flush=layout.flush,
+        word=layout.word,
+        low=planes[0],
+        high=planes[1],
+        t=codec.block[0] if codec.params else 0,
+        c=codec.block[1] if codec.params else layout.channels,
+        groups=max(layout.groups, 1),
+        params=codec.params,
+        levels=codec.levels,
+        doubled=codec.levels - 1,
+        divisor=896 if codec.kind == "fp" and not codec.zero_point else codec.levels - 1,
+        sink_offset=layout.sink_offset,
+        ring_offset=layout.ring_offset,
+        body_offset=layout.body_offset,
+    )
+
+
+# ---------------------------------------------------------------- addresses
+
+
+@triton.jit
+def typed(arena, dtype: tl.constexpr):
+    """The arena as a pointer to `dtype`."""
+    return arena.to(tl.pointer_type(dtype), bitcast=True)
+
+
+@triton.jit
+def header_pointer(arena, h):
+    """The header of one head: int64 length, encoded, fault, 0."""
+    return typed(arena, tl.int64) + h * HEADER
+
+
+@triton.jit
+def plane_pointer(arena, h, N, BITS: tl.constexpr, BEFORE: tl.constexpr, F: tl.constexpr):
+    """The first byte of one head in the plane of BITS bits that follows BEFORE bits of other planes."""
+    cells = N.to(tl.int64) * F.channels
+    offset = F.body_offset + cells * F.heads * BEFORE // 8 + h * (cells * BITS // 8)
+    if (F.kind == INT) or (F.channels % 16 == 0):
+        offset = tl.multiple_of(offset, 16)
+    return arena + offset
+
+
+@triton.jit
+def params_pointer(arena, h, N, F: tl.constexpr):
+    """The first byte of one head's scales (and middles)."""
+    bits: tl.constexpr = F.low + F.high
+    blocks = N.to(tl.int64) // F.t
+    return arena + F.body_offset + N.to(tl.int64) * (F.heads * F.channels) * bits // 8 + h * (
+        blocks * (F.groups * F.params * 2)
+    )
+
+
+@triton.jit
+def exact_offset(h, p, F: tl.constexpr):
+    """Where an unencoded token lies, in elements of the model's dtype from the row's start."""
+    slot = (p - F.sink) % (F.recent if F.recent > 0 else 1)
+    sink = F.sink_offset // F.item + (h * F.sink + p) * F.channels
+    ring = F.ring_offset // F.item + (h * F.recent + slot) * F.channels
+    return tl.where(p < F.sink, sink, ring)
+
+
+@triton.jit
+def word_rows(i, BITS: tl.constexpr, F: tl.constexpr):
+    """Word row and field of body token i in a plane: token = group * SPAN + field * 16 + row."""
+    SPAN: tl.constexpr = 16 * (F.word // BITS)
+    return i // SPAN * 16 + i % 16, i % SPAN // 16
+
+
+# ---------------------------------------------------------------- reading
+
+
+@triton.jit
+def load_fields(arena, h, N, i, d, live, BITS: tl.constexpr, BEFORE: tl.constexpr, F: tl.constexpr):
+    """One plane's bits of the body tokens i [n] and channels d [DP], int32 [n, DP]."""
+    words = typed(plane_pointer(arena, h, N, BITS, BEFORE, F), tl.uint8 if F.word == 8 else tl.uint16)
+    row, field = word_rows(i, BITS, F)
+    word = tl.load(words + row[:, None] * F.channels + d[None, :], mask=live, other=0).to(tl.int32)
+    return (word >> (field * BITS)[:, None]) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def fp8_value(byte):
+    """The fp32 value of e4m3 bits: moved under the exponent of fp16, whose bias is larger by 8."""
+    x = byte.to(tl.int32)
+    half = (((x & 0x80) << 8) | ((x & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+    return tl.where((x & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def load_params(arena, h, N, i, d, ok, F: tl.constexpr):
+    """Scale and middle (0 if symmetric) of body tokens i [n], fp32 [n, DP], or [n, 1] if one block covers the channels."""
+    start = params_pointer(arena, h, N, F)
+    if F.groups == 1:
+        cell = (i // F.t)[:, None]
+        live = ok[:, None]
+    else:
+        cell = (i // F.t)[:, None] * F.groups + (d // F.c)[None, :]
+        live = ok[:, None] & (d < F.channels)[None, :]
+    if F.params == 2:
+        pair = tl.load(typed(start, tl.int32) + cell, mask=live, other=0)
+        scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        middle = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scale = tl.load(typed(start, tl.float16) + cell, mask=live, other=0.0).to(tl.float32)
+        middle = tl.zeros_like(scale)
+    return scale, middle
+
+
+@triton.jit
+def load_body(
+    arena, h, N, i0, encoded, d, ONE_BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, F: tl.constexpr
+):
+    """The decoded body tokens i0 .. i0+BN-1, fp32 [BN, DP]; unspecified outside [0, encoded).
+
+    ONE_BLOCK: all of them lie in one block of t tokens.
+    """
+    i = i0 + tl.arange(0, BN)
+    ok = (i >= 0) & (i < encoded)
+    live = ok[:, None] & (d < F.channels)[None, :]
+    if F.kind == INT:
+        code = load_fields(arena, h, N, i, d, live, F.low, 0, F)
+        if F.high > 0:
+            code = code | (load_fields(arena, h, N, i, d, live, F.high, F.low, F) << F.low)
+        x = code.to(tl.float32) - F.doubled * 0.5
+    else:
+        start = plane_pointer(arena, h, N, F.low, 0, F)
+        cell = i[:, None] * F.channels + d[None, :]
+        if F.kind == FP8:
+            x = fp8_value(tl.load(start + cell, mask=live, other=0))
+        else:
+            x = tl.load(typed(start, DTYPE) + cell, mask=live, other=0.0).to(tl.float32)
+    if F.params > 0:
+        if ONE_BLOCK:
+            one = i0 + tl.arange(0, 1)
+            scale, middle = load_params(arena, h, N, one, d, (one >= 0) & (one < encoded), F)
+        else:
+            scale, middle = load_params(arena, h, N, i, d, ok, F)
+        x = x * scale
+        if F.params == 2:
+            x = x + middle
+    return x
+
+
+@triton.jit
+def load_new(new, stride, j0, n, d, BN: tl.constexpr, F: tl.constexpr):
+    """The new tokens j0 .. j0+BN-1, fp32 [BN, DP]; 0 from n on."""
+    j = j0 + tl.arange(0, BN)
+    live = (j < n)[:, None] & (d < F.channels)[None, :]
+    return tl.load(new + j.to(tl.int64)[:, None] * stride + d[None, :], mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tokens(
+    arena, new, stride, h, N, length, encoded, total, p0, d, ONE_BLOCK: tl.constexpr, BN: tl.constexpr, F: tl.constexpr
+):
+    """The tokens at any positions p0 .. p0+BN-1: sink, body, ring, or new from `length` on; fp32 [BN, DP].
+
+    0 outside [0, total).
+    """
+    DTYPE: tl.constexpr = new.dtype.element_ty
+    p = p0 + tl.arange(0, BN)
+    body = (p >= F.sink) & (p < F.sink + encoded)
+    exact = (p >= 0) & (p < total) & ((p < F.sink) | (p >= F.sink + encoded))
+    stored = typed(arena, DTYPE) + exact_offset(h, p, F)
+    source = tl.where(p < length, stored, new + (p - length).to(tl.int64) * stride)
+    live = exact[:, None] & (d < F.channels)[None, :]
+    x = tl.load(source[:, None] + d[None, :], mask=live, other=0.0).to(tl.float32)
+    y = load_body(arena, h, N, p0 - F.sink, encoded, d, ONE_BLOCK, BN, DTYPE, F)
+    return tl.where(body[:, None], y, x)
+
+
+# ---------------------------------------------------------------- encoding
+
+
+@triton.jit
+def half_up(x):
+    """The least fp16 number not below x (fp32, x >= 0)."""
+    y = x.to(tl.float16)
+    up = (y.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+    return tl.where(y.to(tl.float32) < x, up, y)
+
+
+@triton.jit
+def fp8_bits(x):
+    """The e4m3 bits of x (fp32), rounded to nearest even and clamped to +-448: int32 0 .. 255."""
+    a = tl.minimum(tl.abs(x), FP8_TOP)
+    bits = a.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    small = ((a * 512.0 + ROUND) - ROUND).to(tl.int32)  # below 2^-6 the step is 2^-9
+    code = tl.where(a < 0.015625, small, normal)
+    code = tl.where(x != x, 0x7F, code)
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+
+
+@triton.jit
+def quantise(x, scale, middle, F: tl.constexpr):
+    """Codes of x, int32; scale and middle (fp32) broadcast against it."""
+    if F.params == 2:
+        x = x - middle
+    if F.params > 0:
+        x = tl.where(scale > 0, tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0)
+    if F.kind == FP8:
+        return fp8_bits(x)
+    else:
+        x = tl.minimum(tl.maximum(x + F.doubled * 0.5, 0.0), F.levels - 1.0)
+        return ((x + ROUND) - ROUND).to(tl.int32)
+
+
+@triton.jit
+def scale_of(low, high, F: tl.constexpr):
+    """fp16 scale and middle of blocks that span [low, high] (fp32); symmetric ones have middle 0."""
+    if F.params == 2:
+        middle = ((low + high) * 0.5).to(tl.float16)
+        radius = tl.maximum(high - middle.to(tl.float32), middle.to(tl.float32) - low)
+    else:
+        middle = tl.zeros_like(low).to(tl.float16)
+        radius = tl.maximum(tl.abs(low), tl.abs(high))
+    return half_up(tl.div_rn(radius, tl.full(radius.shape, F.divisor * 0.5, tl.float32))), middle
+
+
+@triton.jit
+def store_params(arena, h, N, row, group, live, scale, middle, F: tl.constexpr):
+    """Write fp16 scale and middle of the blocks `row` and channel groups `group`."""
+    start = params_pointer(arena, h, N, F)
+    cell = row * F.groups + group
+    if F.params == 2:
+        pair = scale.to(tl.uint16, bitcast=True).to(tl.int32) | (middle.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+        tl.store(typed(start, tl.int32) + cell, pair, mask=live)
+    else:
+        tl.store(typed(start, tl.float16) + cell, scale, mask=live)

@@ -1,0 +1,101 @@
+"""The runtime side of a rewritten graph: takes cache handles apart before the call and puts them together after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvc_compile.handle import CacheHandle, Tag, become, track
+from kvc_compile.layout import Layout
+from kvc_compile.lowering import cpu, ops
+from kvc_compile.passes.rewrite import Input, Output, Rewritten
+from kvc_compile.plan import SLACK
+
+_owners = iter(range(1, 1 << 62))
+
+
+def owner_of(args: Sequence[Any]) -> str:
+    """A name for the model whose graph is called: carried by its first parameter, which every graph of it takes."""
+    for a in args:
+        if isinstance(a, torch.nn.Parameter):
+            return mark_owner(a)
+    return "no parameters"
+
+
+def mark_owner(p: torch.nn.Parameter) -> str:
+    if not hasattr(p, "kvc_owner"):
+        p.kvc_owner = f"model {next(_owners)}"  # type: ignore[attr-defined]
+    return p.kvc_owner  # type: ignore[attr-defined]
+
+
+class Bound:
+    """A lowered graph that is called with what Dynamo passes: handles, or plain cache tensors to take over."""
+
+    def __init__(self, lowered: Callable[..., Any], rewritten: Rewritten, on_call: Callable[[str], None]):
+        self.lowered, self.rewritten, self.on_call = lowered, rewritten, on_call
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        owner = owner_of(args)
+        self.on_call(owner)
+        call = list(args)
+        for i in self.rewritten.inputs:
+            call[i.index] = take(args, i, owner).arena
+        outs = list(self.lowered(*call))
+        results = outs[: self.rewritten.results]
+        for o in self.rewritten.outputs:
+            results[o.index] = give(o, outs, args, owner)
+        if self.rewritten.births:
+            for r in results:  # counters that the next step updates in place: CUDA graphs need their address fixed
+                if isinstance(r, Tensor) and r.is_cuda and r.dim() == 0 and not r.dtype.is_floating_point:
+                    torch._dynamo.mark_static_address(r)
+        return tuple(results)
+
+
+def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
+    """The handle of a cache input; a plain tensor is imported first, and its storage released."""
+    tensor = args[i.index]
+    if not isinstance(tensor, CacheHandle):
+        start = None if i.start is None else int(args[i.start].reshape(-1)[0])
+        import_(tensor, i, start, owner)
+    elif i.tokens is None:
+        held = getattr(tensor.arena, "kvc_length", None)
+        if held is not None and held != tensor.shape[2]:
+            raise RuntimeError(
+                f"layer {i.layer}: this compressed cache tensor of {tensor.shape[2]} tokens was already extended to {held}; "
+                "copy.deepcopy the cache before continuing it in two ways"
+            )
+    return tensor
+
+
+def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
+    """Turn the caller's cache tensor [B, H, L, D] into a handle that holds its first `start` tokens, in place."""
+    layout = Layout.parse(i.layout)
+    if start is None:
+        start = 0 if not bool(tensor.any()) else tensor.shape[2]
+    arena = ops.empty(tensor, tensor.shape[0], tensor.shape[2], i.layout)
+    if start:
+        ops.append(arena, tensor[:, :, :start], None, i.layout)
+    track(arena, Tag(owner, i.layer, i.role))
+    become(tensor, CacheHandle(arena, layout.key, tensor.shape[2], static=True))
+
+
+def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHandle:
+    """The handle that the caller gets in place of a cache tensor."""
+    tokens = o.tokens if o.tokens >= 0 else int(outs[~o.tokens])
+    if o.add_to is not None:
+        tokens += args[o.add_to].shape[2]
+    arena = outs[o.arena] if o.arena >= 0 else args[~o.arena].arena
+    layout = Layout.parse(o.layout)
+    if not o.static:
+        if layout.body_tokens(tokens + 1) > layout.capacity_of(arena.shape[1]):
+            arena = cpu.grow(arena, tokens + SLACK, layout)  # the next token must fit without moving the arena
+        torch._dynamo.maybe_mark_dynamic(arena, 1)
+        arena.kvc_length = tokens
+    track(arena, Tag(owner, o.layer, o.role))
+    handle = CacheHandle(arena, o.layout, tokens, o.static)
+    if not o.static:
+        torch._dynamo.maybe_mark_dynamic(handle, 2)
+    return handle

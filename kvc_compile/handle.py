@@ -1,0 +1,189 @@
+"""The cache handle: what the caller's cache object holds in place of its tensor.
+
+It has the shape and dtype of the cache tensor and no storage of its own; its one inner tensor is the arena. Its eager
+semantics are the reference semantics: a read dequantises, an append quantises, `zero_` empties it, a copy copies the
+compressed bytes. So an op that no rewrite knows is slow but right, and the state lives and dies with the handle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from kvc_compile.layout import Layout
+from kvc_compile.lowering import ops
+
+aten = torch.ops.aten
+
+
+class CacheHandle(torch.Tensor):
+    """A compressed cache tensor [batch, heads, tokens, channels].
+
+    arena: uint8 [batch, row_bytes]. layout_key: its `Layout.key`. A *static* handle has room for `tokens` tokens of which
+    the first `length` are valid, the rest read as zeros; a dynamic one has `tokens` tokens.
+    """
+
+    arena: Tensor
+    layout_key: str
+    static: bool
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, arena: Tensor, layout_key: str, tokens: int, static: bool):
+        layout = Layout.parse(layout_key)
+        shape = (arena.shape[0], layout.heads, tokens, layout.channels)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=getattr(torch, layout.dtype), device=arena.device, requires_grad=False
+        )
+
+    def __init__(self, arena: Tensor, layout_key: str, tokens: int, static: bool):
+        self.arena, self.layout_key, self.static = arena, layout_key, static
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.parse(self.layout_key)
+
+    def __tensor_flatten__(self):
+        return ["arena"], (self.layout_key, self.static)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, outer_size, outer_stride):
+        return CacheHandle(inner["arena"], meta[0], outer_size[2], meta[1])
+
+    def __repr__(self, *, tensor_contents=None):  # type: ignore[override]
+        return f"CacheHandle({tuple(self.shape)}, {self.dtype}, {self.device}, {self.layout_key})"
+
+    def dense(self) -> Tensor:
+        """The content as a plain tensor, dequantised."""
+        return ops.read(self.arena, self.shape[2], self.layout_key)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        written = [
+            a
+            for a, s in zip(args, func._schema.arguments, strict=False)
+            if isinstance(a, CacheHandle) and s.alias_info is not None and s.alias_info.is_write
+        ]
+        if written or isinstance(kwargs.get("out"), CacheHandle):
+            raise NotImplementedError(
+                f"{func} writes to a compressed cache, which takes appends at its end, zero_() and copies of another "
+                "compressed cache; clone its content first (tensor.dense()) to edit it"
+            )
+        plain = lambda x: x.dense() if isinstance(x, CacheHandle) else x
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+
+def _same(h: CacheHandle, arena: Tensor) -> CacheHandle:
+    return CacheHandle(arena, h.layout_key, h.shape[2], h.static)
+
+
+def _detach(h):
+    return _same(h, h.arena)
+
+
+def _clone(h, *, memory_format=None):
+    copy = h.arena.clone()
+    if hasattr(h.arena, "kvc_tag"):
+        track(copy, h.arena.kvc_tag)
+    return _same(h, copy)
+
+
+def _zero(h):
+    h.arena.zero_()
+    return h
+
+
+def _fill(h, value):
+    return _zero(h) if value == 0 else NotImplemented
+
+
+def _copy(dst, src, non_blocking=False):
+    if not isinstance(dst, CacheHandle):
+        return dst.copy_(src.dense())
+    if not isinstance(src, CacheHandle) or src.layout_key != dst.layout_key or src.arena.shape != dst.arena.shape:
+        return NotImplemented
+    dst.arena.copy_(src.arena)
+    return dst
+
+
+def _index_copy(h, dim, index, source):
+    if not isinstance(h, CacheHandle) or dim % 4 != 2:
+        return NotImplemented
+    ops.append(h.arena, source, index, h.layout_key)
+    return h
+
+
+def _index_put(h, indices, values, accumulate=False):
+    if not isinstance(h, CacheHandle) or accumulate or len(indices) != 3 or any(i is not None for i in indices[:2]):
+        return NotImplemented
+    ops.append(h.arena, values, indices[2], h.layout_key)
+    return h
+
+
+_HANDLERS = {
+    aten.detach.default: _detach,
+    aten.alias.default: _detach,
+    aten.clone.default: _clone,
+    aten.zero_.default: _zero,
+    aten.fill_.Scalar: _fill,
+    aten.copy_.default: _copy,
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+}
+
+
+def become(tensor: Tensor, handle: CacheHandle) -> None:
+    """The Python object `tensor` becomes what `handle` is, for everyone who holds it; its old storage is released.
+
+    `torch.utils.swap_tensors` refuses tensors with weak references, and Dynamo's guards hold some.
+    """
+    tensor.__class__, handle.__class__ = handle.__class__, tensor.__class__
+    tensor.__dict__, handle.__dict__ = handle.__dict__, tensor.__dict__
+    torch._C._swap_tensor_impl(tensor, handle)
+
+
+# ---------------------------------------------------------------- accounting
+
+import weakref  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Tag:
+    """Whose arena this is: the model (by id of the compile request), the layer, and keys or values."""
+
+    owner: str
+    layer: int
+    role: str
+
+
+_live: dict[int, weakref.ref] = {}
+
+
+def track(arena: Tensor, tag: Tag) -> None:
+    """Count the arena in `held` for as long as it lives."""
+    if id(arena) in _live and _live[id(arena)]() is arena:
+        return
+    arena.kvc_tag = tag  # type: ignore[attr-defined]
+    key = id(arena)
+    _live[key] = weakref.ref(arena, lambda _: _live.pop(key, None))
+
+
+def held(owner: str | None = None) -> dict[tuple[int, str], int]:
+    """Bytes of the live arenas by (layer, "keys" or "values"), of one owner or of all."""
+    total: dict[tuple[int, str], int] = {}
+    for ref in list(_live.values()):
+        arena = ref()
+        if arena is None or (owner is not None and arena.kvc_tag.owner != owner):
+            continue
+        key = (arena.kvc_tag.layer, arena.kvc_tag.role)
+        total[key] = total.get(key, 0) + arena.untyped_storage().nbytes()
+    return total

@@ -1,0 +1,49 @@
+"""Records of what was found in a graph: plain, frozen, printable. Nodes are named, never held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One cache tensor (keys or values) of one attention, as the graph holds it.
+
+    kind: "static" (a buffer of fixed length, handed in), "born" (one that this graph allocates), "grown" (a compressed
+    cache handed in that is concatenated with the new tokens), "fresh" (the result of a concatenation with nothing or
+    with plain values: compressed from here on).
+    """
+
+    kind: str
+    buffer: str  # node of the buffer, or of the concatenation
+    source: str  # where the caller keeps it, "" if the graph made it
+    append: str  # node of the append
+    heads: int
+    channels: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention whose keys and values were proved to come from an append to a cache."""
+
+    index: int  # order of attention in the graph
+    layer: int
+    node: str
+    pattern: str  # "sdpa" or "softmax"
+    query_heads: int
+    scale: float
+    mask: str  # "none", "causal" or the node of the mask
+    key: CacheTensor
+    value: CacheTensor
+    where: str  # the user's source line
+
+
+@dataclass(frozen=True)
+class Declined:
+    """An attention that was left alone, and why."""
+
+    index: int
+    node: str
+    reason: str
+    where: str

@@ -1,0 +1,198 @@
+"""A spec: loaded, checked, compared by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+
+from . import laws, ranges, source
+from .errors import NotImplementedInSpec, Path, SpecError, nearest, show
+from .expand import expand, scoped
+from .grammar import Context
+from .schema import SPEC
+from .source import Node
+from .tensors import LayerSpec, TensorSpec, tensor_of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a spec came from and what in it is not implemented; no part of its content."""
+
+    file: str | None = None
+    todo: tuple[tuple[str, str], ...] = ()  # key path, what of it
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a model's KV cache is stored, kept and read. Equal specs say the same, whatever their names and spelling.
+
+    content: the expanded spec as canonical JSON; name, description: for people.
+    """
+
+    content: str
+    name: str = field(default="", compare=False)
+    description: str = field(default="", compare=False)
+    origin: Origin = field(default=Origin(), compare=False, repr=False)
+
+    @staticmethod
+    def load(x: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Spec:
+        """A spec from a Spec, a mapping, the path of a YAML or JSON file, or the name of a preset.
+
+        Raises SpecError, and nothing else, if it is not a valid spec.
+        """
+        if isinstance(x, Spec):
+            return x
+        if isinstance(x, Mapping):
+            return _build(source.from_data(x), None, None, "")
+        if isinstance(x, str) and x in presets():
+            return _build(source.parse(preset_text(x), x), x, None, x)
+        if not isinstance(x, (str, os.PathLike)) or isinstance(os.fspath(x), bytes):
+            raise SpecError(
+                "not a spec",
+                found=f"an object of type {type(x).__name__}",
+                allowed="a Spec, a mapping, a path or the name of a preset",
+            )
+        path = FilePath(x)
+        if not _exists(path):
+            raise SpecError(
+                "no such file or preset",
+                found=show(str(x)),
+                nearest=nearest(str(x), presets()),
+                allowed="a path, or one of " + ", ".join(presets()),
+            )
+        root = source.parse(source.read_file(path), str(path))
+        return _build(root, str(path), path.parent, path.stem)
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hex digits that stand for the content."""
+        return hashlib.sha256(self.content.encode()).hexdigest()[:12]
+
+    @property
+    def _nameless(self) -> str:
+        return f"spec-{self.digest}"
+
+    def expanded(self) -> dict[str, Any]:
+        """The full form as plain data: no short form, no defaults spelled out."""
+        data = json.loads(self.content)
+        names = {"name": self.name, "description": self.description}
+        names = {key: text for key, text in names.items() if text not in ("", self._nameless)}
+        return {"kvc": data.pop("kvc"), **names, **data}
+
+    def to_yaml(self) -> str:
+        """The full form as YAML; loading it gives an equal spec."""
+        text: str = yaml.safe_dump(self.expanded(), sort_keys=False, default_flow_style=None, width=100)
+        return text
+
+    def require_implemented(self) -> None:
+        """Raises NotImplementedInSpec if anything here is only checked so far, naming the key paths."""
+        if not self.origin.todo:
+            return
+        paths = [path + (f" ({what})" if what else "") for path, what in self.origin.todo]
+        shown = ", ".join(paths[:12]) + (f" and {len(paths) - 12} more" if len(paths) > 12 else "")
+        error = NotImplementedInSpec(f"not implemented yet: {shown}", file=self.origin.file)
+        error.paths = tuple(path for path, _ in self.origin.todo)
+        raise error
+
+    def layer(self, i: int, n_layers: int) -> LayerSpec:
+        """What holds for layer i of a model of `n_layers` layers.
+
+        Raises SpecError if i, or a layer named in the spec, is out of range, and NotImplementedInSpec if the spec uses
+        what is only checked so far.
+        """
+        self.require_implemented()
+        if not 0 <= i < n_layers:
+            raise SpecError(
+                f"the model has {n_layers} layers",
+                file=self.origin.file,
+                found=f"layer {i}",
+                allowed=f"0..{n_layers - 1}",
+            )
+        data = json.loads(self.content)
+        names = [name for name in data.get("layers", {}) if name != "kv_of"]
+        owner = ranges.resolve(names, n_layers, ("layers",), Context(self.origin.file))
+        if i in owner:
+            data = scoped(data, data["layers"][owner[i]])
+        return _layer(data)
+
+    def scopes(self) -> tuple[tuple[str, LayerSpec], ...]:
+        """("", base) and (range, what holds there) for each range of `layers:`. Raises as `layer` does."""
+        self.require_implemented()
+        data = json.loads(self.content)
+        return tuple((path[-1] if path else "", _layer(fragment)) for path, fragment in _scopes(data))
+
+
+def presets() -> tuple[str, ...]:
+    """The names of the specs that come with the package."""
+    names = (entry.name for entry in _folder().iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a preset, with its comments."""
+    return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _folder() -> Any:
+    return resources.files(__package__) / "presets"
+
+
+def _exists(path: FilePath) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, a NUL in it
+        return False
+
+
+def _build(root: Node, file: str | None, folder: FilePath | None, name: str) -> Spec:
+    ctx = Context(file, folder, lines=_lines(root))
+    data = SPEC.check(root, (), ctx)
+    if file is not None and "kvc" not in data:
+        ctx.fail((), "`kvc: 1` is missing, the version of the vocabulary", root, "kvc: 1 as the first line")
+    full = expand(data, ctx)
+    laws.check(full, ctx)
+    names = {key: full.pop(key, "") for key in ("name", "description")}
+    # a second check puts the keys into the vocabulary's order, which makes the text canonical
+    full = SPEC.check(source.from_data(full, file), (), Context(file))
+    spec = Spec(json.dumps(full), names["name"], names["description"], Origin(file, tuple(dict.fromkeys(ctx.todo))))
+    if spec.name:
+        return spec
+    # a file may have any name, also one that could not be written into a spec
+    fits = 0 < len(name) <= 80 and name.isprintable()
+    return replace(spec, name=name if fits else spec._nameless)
+
+
+def _lines(root: Node) -> dict[Path, int | None]:
+    """The line of every value; what `kv` and `bits` expand to is found where they are written."""
+    lines: dict[Path, int | None] = {}
+
+    def walk(node: Node, path: Path) -> None:
+        lines.setdefault(path, node.line)
+        items = node.value.items() if isinstance(node.value, dict) else ()
+        for key, item in [*items, *(enumerate(node.value) if isinstance(node.value, list) else ())]:
+            walk(item, (*path, key))
+            if key in ("kv", "bits"):
+                for side in ("k", "v"):
+                    if side not in node.value:
+                        walk(item, (*path, side))
+
+    walk(root, ())
+    return lines
+
+
+def _layer(fragment: dict[str, Any]) -> LayerSpec:
+    tensors = [tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v")]
+    return LayerSpec(*tensors)
+
+
+def _scopes(data: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    return [(path, fragment) for path, fragment in laws.scopes(data) if not path or path[0] == "layers"]

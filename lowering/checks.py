@@ -1,0 +1,24 @@
+"""Run-time checks that the graph itself carries on a GPU, where an operator cannot read its inputs to raise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvc_compile.kernels.reference import HIDDEN
+
+
+def check_positions(mask: Tensor | None, positions: Tensor, consecutive: bool) -> None:
+    """Assert on the device that positions [n] are consecutive and that a mask [.., W] hides all after the last one."""
+    if not consecutive and positions.shape[0] > 1:
+        step = positions[1:] - positions[:-1]
+        torch._assert_async((step == 1).all(), "a compressed cache takes consecutive positions")
+    if mask is not None:
+        tail = torch.arange(mask.shape[-1], device=mask.device) > positions[-1]
+        shown = (mask if mask.dtype == torch.bool else mask > HIDDEN) & tail
+        torch._assert_async(~shown.any(), "the attention mask shows positions that the compressed cache does not hold")
+
+
+def check_first(positions: Tensor) -> None:
+    """Assert that positions [n] start at 0."""
+    torch._assert_async(positions[0] == 0, "attention over the first tokens of a compressed cache that is not empty")

@@ -1,0 +1,166 @@
+"""Host launchers of the Triton kernels: the semantics of `kernels.reference`, without reading a length on the host.
+
+Two entry points, `attend` and `append`. What differs from the reference is only how a misuse shows, since a kernel
+cannot raise: `append` beyond the end or the room of a cache sets the fault word of its header and stores nothing, and
+`attend` over such a cache gives NaN. An append at position 0 starts the cache over and clears the fault.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvc_compile.kernels import append as A
+from kvc_compile.kernels import attend as T
+from kvc_compile.kernels.codec import form
+from kvc_compile.layout import Layout
+
+DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+MERGE = 16  # splits that `merge` takes at a time
+STORE = 16  # tokens that a program of `append_store` takes
+WAVES = 4  # programs per multiprocessor that the splits aim at
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def tile_sizes(rows: int, channels: int, item: int) -> tuple[int, int, int]:
+    """(BM, BN, warps) for `rows` query rows a kv head: what fits the registers."""
+    wide = channels > 128
+    if item == 4:
+        return (16, 16, 4) if wide else (16 if rows <= 16 else 32, 32, 4)
+    bm = min(max(16, triton.next_power_of_2(rows)), 64)
+    return bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8
+
+
+def split_count(programs: int, tokens: int, tile: int, device: torch.device) -> int:
+    """Splits of the sequence: enough programs for the device, and at least two tiles for each of them."""
+    return max(1, min(WAVES * multiprocessors(device) // programs, tokens // (2 * tile)))
+
+
+def inner_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def mask_strides(mask: Tensor) -> list[int]:
+    """Strides of a mask [b, h, n, W], 0 where it broadcasts."""
+    return [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride())] + [mask.stride(3)]
+
+
+def attend(
+    q: Tensor,
+    k_data: Tensor,
+    v_data: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    k_layout: Layout,
+    v_layout: Layout,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention of the new queries over the cache and the new tokens: see `kernels.reference.attend`.
+
+    splits: into how many parts the sequence is divided; chosen from the shapes and the device unless given.
+    """
+    batch, heads, n, _ = q.shape
+    k_form, v_form = form(k_layout), form(v_layout)
+    groups = heads // k_form.heads
+    out = torch.empty(batch, heads, n, v_form.channels, dtype=q.dtype, device=q.device)
+    q = inner_contiguous(q, q.dtype)
+    k_new = inner_contiguous(k_new, getattr(torch, k_layout.dtype))
+    v_new = inner_contiguous(v_new, getattr(torch, v_layout.dtype))
+    kind, view = T.NO_MASK, q
+    if mask is not None:
+        kind = T.BOOL_MASK if mask.dtype == torch.bool else T.ADDED_MASK
+        view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+    bm, bn, warps = tile_sizes(n * groups, max(k_form.channels, v_form.channels), q.element_size())
+    tiles = triton.cdiv(n * groups, bm)
+    programs = tiles * batch * k_form.heads
+    room = v_layout.capacity_of(v_data.shape[1]) + v_form.sink + v_form.recent + n
+    splits = splits or split_count(programs, room, bn, q.device)
+    rows = batch * heads * n
+    if splits == 1:
+        parts, lse = out, out
+    else:
+        parts = torch.empty(splits, rows, v_form.channels, dtype=torch.float32, device=q.device)
+        lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    with on(q.device):
+        T.attend_split[tiles, batch * k_form.heads, splits](
+            q, k_new, v_new, view, parts, lse, k_data, v_data, scale, n, splits,
+            k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
+            k_data.stride(0), v_data.stride(0), 0 if mask is None else mask.shape[3],
+            *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
+            *([0] * 4 if mask is None else mask_strides(mask)),
+            G=groups, MASK=kind.value, CAUSAL=causal, CHUNK=n >= bn, DIRECT=splits == 1,
+            BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
+            # the interpreter computes bf16 wrongly
+            DOT=tl.float32 if interpreted() and q.dtype == torch.bfloat16 else DOT[q.dtype],
+            K=k_form, V=v_form, num_warps=warps,
+        )  # fmt: skip
+        if splits > 1:
+            T.merge[rows,](
+                parts, lse, out, n, splits,
+                G=groups, BS=MERGE, D=v_form.channels, DV=pad(v_form.channels), num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def pad(channels: int) -> int:
+    """Channels of a tile: a power of two, and what `tl.dot` takes at least."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+def append(data: Tensor, x: Tensor, layout: Layout, start: Tensor | None) -> None:
+    """Store the tokens x [B, H, n, D] at `start` (one number, or one a batch row), or at the end: see
+    `kernels.reference.append`.
+    """
+    batch, heads, n, _ = x.shape
+    if n == 0:
+        return
+    f = form(layout)
+    x = inner_contiguous(x, getattr(torch, layout.dtype))
+    capacity = layout.capacity_of(data.shape[1])
+    begin = data if start is None else start
+    step = 0 if start is None or start.numel() == 1 else start.stride(0)
+    has = start is not None
+    tile = {"GP": triton.next_power_of_2(f.groups), "CP": triton.next_power_of_2(min(f.c, f.channels))}
+    channels = triton.next_power_of_2(f.channels)
+    place = (data.stride(0), step, x.stride(0), x.stride(1))
+    with on(data.device):
+        if n == 1:
+            A.append_token[batch * heads,](
+                data, x, begin, *place, capacity, HAS_START=has, **tile, DP=channels, F=f, num_warps=4
+            )
+            return
+        grid = A.pieces(f, n), batch * heads
+        A.append_encode[grid](
+            data, x, begin, *place, x.stride(2), capacity, n, HAS_START=has, **tile, F=f, num_warps=4
+        )
+        A.append_store[triton.cdiv(n, STORE), batch * heads](
+            data, x, begin, *place, x.stride(2), capacity, n, HAS_START=has, TOKENS=STORE, DP=channels, F=f, num_warps=4
+        )
+        A.append_commit[batch * heads,](
+            data, begin, *place[:2], capacity, n, HAS_START=has, F=f, num_warps=1
+        )

@@ -1,0 +1,150 @@
+"""Finding attention: each spelling is read into one record with every attribute explicit.
+
+Two spellings: `scaled_dot_product_attention`, and softmax written by hand as
+`matmul(softmax(matmul(q, k^T) * scale + mask), v)`. What a spelling says that the record cannot express is a reason to
+decline, never to ignore.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from kvc_compile.passes.fx import bind, is_call, same, shape, signature, value
+
+SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+_SDPA = signature("(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False)")
+_SOFTMAX = {torch.softmax, F.softmax, torch.nn.functional.softmax, "softmax"}
+_SOFTMAX_ARGS = signature("(input, dim=None, _stacklevel=3, dtype=None)")
+_MATMUL = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
+_DROPOUT = signature("(input, p=0.5, training=True, inplace=False)")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(q k^T * scale + mask) v.  q [B, query heads, n, Dk]; k and v are the operands as attention sees them."""
+
+    node: Node  # whose value is the attention's output [B, query heads, n, Dv]
+    pattern: str
+    q: Node
+    k: Node
+    v: Node
+    mask: Node | None
+    causal: bool  # lower triangle from the top left, as SDPA's is_causal
+    scale: float
+    broadcast_heads: bool  # k and v may have fewer heads than q, each serving consecutive query heads
+    inner: tuple[Node, ...]  # nodes of the pattern other than `node`
+
+
+@dataclass(frozen=True)
+class NotAttention:
+    """A node that looks like attention, and why it is none that can be rewritten."""
+
+    node: Node
+    reason: str
+
+
+def find_attention(graph: Graph) -> list[Attention | NotAttention]:
+    """Every attention of the graph, in order."""
+    found: list[Attention | NotAttention] = []
+    for node in graph.nodes:
+        if is_call(node, *SDPA):
+            found.append(read_sdpa(node))
+        elif is_call(node, *_SOFTMAX):
+            match = read_softmax(node)
+            if match is not None:
+                found.append(match)
+        elif node.op == "call_function" and "flex_attention" in str(getattr(node.target, "__name__", node.target)):
+            found.append(NotAttention(node, "flex_attention is not supported yet; use attn_implementation='sdpa'"))
+    return found
+
+
+def read_sdpa(node: Node) -> Attention | NotAttention:
+    a = bind(node, _SDPA)
+    if a is None:
+        return NotAttention(node, "arguments of scaled_dot_product_attention that are not known here")
+    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    if a["dropout_p"] != 0.0:
+        return NotAttention(node, f"dropout of {a['dropout_p']} in attention: put the model in eval mode")
+    if any(len(shape(x) or ()) != 4 for x in (q, k, v)):
+        return NotAttention(node, "attention over tensors that are not [batch, heads, tokens, channels]")
+    scale = a["scale"]
+    if scale is None:
+        scale = 1 / math.sqrt(shape(q)[3])  # type: ignore[index]
+    if not isinstance(scale, (int, float)):
+        return NotAttention(node, "a scale that is not a constant")
+    return Attention(node, "sdpa", q, k, v, mask, bool(a["is_causal"]), float(scale), bool(a["enable_gqa"]), ())
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_mask(node: Any, scores: Node) -> bool:
+    """Whether a tensor can be a mask added to the scores: it has no more elements than they, over the same keys."""
+    s, m = shape(scores), shape(node)
+    v = value(node)
+    return bool(s and m and len(m) <= 4 and same(m[-1], s[-1]) and v.dtype.is_floating_point)
+
+
+def read_softmax(node: Node) -> Attention | NotAttention | None:
+    """Read hand-written attention around a softmax; None where there is no matmul on both sides (a router, a sampler)."""
+    a = bind(node, _SOFTMAX_ARGS) if node.target != "softmax" else bind(node, signature("(input, dim=None, dtype=None)"))
+    if a is None or a["dim"] not in (-1, 3) or len(shape(node) or ()) != 4:
+        return None
+    # down: softmax -> to -> dropout -> matmul(p, v)
+    inner: list[Node] = [node]
+    p = node
+    while True:
+        user = _only_user(p)
+        if user is None:
+            if any(is_call(u, *_MATMUL) and u.args[0] is p for u in p.users):
+                return NotAttention(node, "the attention weights are used elsewhere (output_attentions?)")
+            return None
+        if is_call(user, *_MATMUL) and user.args[0] is p:
+            out, v = user, user.args[1]
+            break
+        if is_call(user, F.dropout) and user.args[0] is p:
+            d = bind(user, _DROPOUT)
+            if d is None or (d["p"] != 0.0 and d["training"]):
+                return NotAttention(node, "dropout in attention: put the model in eval mode")
+        elif not (is_call(user, "to", "type_as", "float") and user.args[0] is p):
+            return None
+        inner.append(user)
+        p = user
+    # up: scores = matmul(q, k^T) [* scale] [+ mask]
+    mask: Node | None = None
+    scale = 1.0
+    s = a["input"]
+    if is_call(s, operator.add, torch.add, "add") and len(s.args) == 2 and not s.kwargs:
+        left, right = s.args
+        if not isinstance(left, Node) or not isinstance(right, Node):
+            return NotAttention(node, "a constant is added to the scores")
+        if not _is_mask(right, left):
+            return NotAttention(node, f"{right} is added to the scores and is not a floating-point mask over the keys")
+        inner.append(s)
+        s, mask = left, right
+        if len(inner[-1].args[0].users) != 1:  # type: ignore[union-attr]
+            return NotAttention(node, "the scores are used elsewhere")
+    if is_call(s, operator.mul, torch.mul, "mul", operator.truediv, torch.div, "div") and len(s.args) == 2:
+        factor = s.args[1]
+        if not isinstance(factor, (int, float)) or s.kwargs or len(s.users) != 1:
+            return NotAttention(node, "the scores are multiplied by something that is not a constant")
+        scale = float(factor) if s.target in (operator.mul, torch.mul, "mul") else 1 / float(factor)
+        inner.append(s)
+        s = s.args[0]
+    if not is_call(s, *_MATMUL) or len(s.users) != 1:
+        if is_call(out, *_MATMUL):
+            return NotAttention(node, f"the scores come from {getattr(s, 'target', s)}, not from query x key")
+        return None
+    inner.append(s)
+    q, k = s.args[:2]
+    if any(len(shape(x) or ()) != 4 for x in (q, k, v)):
+        return NotAttention(node, "attention over tensors that are not [batch, heads, tokens, channels]")
+    return Attention(out, "softmax", q, k, v, mask, False, scale, False, tuple(inner))

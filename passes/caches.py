@@ -1,0 +1,136 @@
+"""Finding what an operand of attention reads: the cache tensor, its append, and everything else that touches it.
+
+A cache tensor is one of
+- a buffer (a placeholder, or zeros made here) that one append writes in place: `index_copy_(2, positions, x)` or
+  `buffer[:, :, positions] = x`;
+- `cat([past, x], -2)`, returned to the caller.
+Every user of it must be that append, a view on the way to attention, a read of its sizes, or the graph's output.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from kvc_compile.passes.fx import is_call, is_mutation, same, same_shape, shape, source, value
+from kvc_compile.passes.views import FULL, Peeled, peel
+
+SIZES = ("size", "numel", "dim", "stride", "is_contiguous")
+ZEROS = (torch.zeros, "new_zeros")
+
+
+class Decline(Exception):
+    """Why an attention is left alone, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A static cache tensor [B, H, L, D] and its one append of `x` [B, H, n, D] at `positions` (int [n])."""
+
+    node: Node  # the placeholder or the zeros
+    born: bool
+    append: Node
+    positions: Node
+    consecutive: bool  # proved from the graph: positions = p, p+1, ...
+    x: Node
+    metadata: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """`cat([past, x], -2)`; `past` is None where it is an empty literal."""
+
+    node: Node
+    past: Node | None
+    x: Node
+    metadata: tuple[Node, ...]  # reads of the sizes of `past`
+
+
+def trace_operand(operand: Node, transposed: bool) -> tuple[Peeled, Buffer | Concat]:
+    """The cache tensor behind an operand of attention, or `Decline`."""
+    peeled = peel(operand)
+    node = peeled.source
+    if peeled.transposed != transposed:
+        raise Decline(f"{operand} is transposed in a way that is not a key's")
+    if is_call(node, "index_copy_"):  # the append's result is the buffer itself
+        node = node.args[0]
+    if not isinstance(node, Node):
+        raise Decline(f"{operand} is not a tensor of this graph")
+    if is_call(node, torch.cat):
+        return peeled, read_concat(node)
+    if node.op == "placeholder" or is_call(node, *ZEROS):
+        return peeled, read_buffer(node)
+    name = getattr(node.target, "__name__", node.target)
+    raise Decline(f"its {'keys' if transposed else 'operands'} go through `{name}`, which is no view of a cache known here")
+
+
+def read_buffer(node: Node) -> Buffer:
+    """The buffer's append, with every user accounted for."""
+    what = source(node) or node.name
+    s = shape(node)
+    if s is None or len(s) != 4:
+        raise Decline(f"{what} is no cache tensor [batch, heads, tokens, channels]")
+    appends = [u for u in node.users if is_mutation(u)]
+    if not appends:
+        raise Decline(f"nothing in this graph is appended to {what} before attention reads it")
+    if len(appends) > 1:
+        raise Decline(f"{what} is written {len(appends)} times")
+    (append,) = appends
+    positions, x = _read_append(append, node)
+    if not (same_shape(x, s[0], s[1], shape(positions)[0], s[3]) if shape(positions) else False):  # type: ignore[index]
+        raise Decline(f"what is written to {what} does not have its shape, {tuple(s)}")
+    if value(x).dtype != value(node).dtype:
+        raise Decline(f"{value(x).dtype} is written to {what}, which is {value(node).dtype}")
+    metadata = tuple(u for u in node.users if is_call(u, *SIZES) or (is_call(u, getattr) and u.args[1] in ("shape", "dtype", "device")))
+    return Buffer(node, node.op != "placeholder", append, positions, consecutive(positions), x, metadata)
+
+
+def _read_append(node: Node, buffer: Node) -> tuple[Node, Node]:
+    """(positions [n], values) of an append to `buffer` along dimension 2."""
+    if is_call(node, "index_copy_") and len(node.args) == 4 and not node.kwargs and node.args[0] is buffer:
+        _, dim, positions, x = node.args
+        if dim in (2, -2) and isinstance(positions, Node) and isinstance(x, Node):
+            return positions, x
+    if is_call(node, operator.setitem) and node.args[0] is buffer:
+        _, index, x = node.args
+        if isinstance(index, tuple) and len(index) in (3, 4) and isinstance(x, Node):
+            ok = index[0] == FULL and index[1] == FULL and all(i == FULL for i in index[3:])
+            p = index[2]
+            if ok and isinstance(p, Node) and isinstance(value(p), torch.Tensor) and value(p).dtype == torch.int64:
+                if len(shape(p) or ()) == 1:
+                    return p, x
+    name = getattr(node.target, "__name__", node.target)
+    raise Decline(f"`{name}` writes to {source(buffer) or buffer.name} in a way that is no append of tokens")
+
+
+def consecutive(positions: Node) -> bool:
+    """Whether `positions` is `arange(n) + scalar`, so that only its first value is not known."""
+    if not is_call(positions, operator.add, torch.add, "add") or len(positions.args) != 2 or positions.kwargs:
+        return False
+    a, b = positions.args
+    if is_call(b, torch.arange):
+        a, b = b, a
+    if not is_call(a, torch.arange) or len(a.args) != 1 or set(a.kwargs) - {"device", "dtype"}:
+        return False
+    return isinstance(b, int) or same(len(shape(b) if shape(b) is not None else (0,)), 0)
+
+
+def read_concat(node: Node) -> Concat:
+    """`cat([past, x], dim=-2)` of 4-D tensors."""
+    args = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+    tensors, dim = args.get("tensors"), args.get("dim", 0)
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or dim not in (2, -2) or len(shape(node) or ()) != 4:
+        raise Decline(f"`cat` of {node} does not append tokens to a cache")
+    past, x = tensors
+    if not isinstance(past, Node) or not isinstance(x, Node) or len(shape(x) or ()) != 4:
+        raise Decline(f"`cat` of {node} does not append tokens to a cache")
+    v = value(past)
+    if isinstance(v, torch.Tensor) and v.dim() == 1 and same(v.numel(), 0):
+        return Concat(node, None, x, ())
+    if past.op != "placeholder":
+        name = getattr(past.target, "__name__", past.target)
+        raise Decline(f"the cache that {node} extends comes from `{name}`, not from the caller")
+    return Concat(node, past, x, tuple(u for u in past.users if is_call(u, *SIZES)))

@@ -1,0 +1,145 @@
+"""Small questions about FX nodes, answered in one place."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node (or the constant itself)."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def shape(node: Any) -> tuple | None:
+    v = value(node)
+    return tuple(v.shape) if isinstance(v, Tensor) else None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input that reaches this graph."""
+    return a is not None and b is not None and statically_known_true(a == b)
+
+
+def same_shape(node: Any, *sizes: Any) -> bool:
+    s = shape(node)
+    return s is not None and len(s) == len(sizes) and all(same(x, y) for x, y in zip(s, sizes, strict=True))
+
+
+def is_call(node: Any, *names: Any) -> bool:
+    """Whether a node calls one of these functions, or one of these methods given by name."""
+    return isinstance(node, Node) and node.op in ("call_function", "call_method") and node.target in names
+
+
+def bind(node: Node, signature: inspect.Signature) -> dict[str, Any] | None:
+    """All arguments by name with defaults filled in, or None if they do not fit: nothing stays unmentioned."""
+    try:
+        bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def signature(text: str) -> inspect.Signature:
+    """The signature written as `(a, b=None, *, c=1)`."""
+    scope: dict[str, Any] = {}
+    exec(f"def f{text}: pass", scope)  # a literal of ours, at import
+    return inspect.signature(scope["f"])
+
+
+def source(node: Node) -> str:
+    """The name by which the caller reaches a placeholder: `L['past_key_values'].layers[0].keys`."""
+    found = getattr(node, "_dynamo_source", None)
+    name = getattr(found, "name", "")
+    return name() if callable(name) else name
+
+
+def where(node: Node) -> str:
+    """The user's line that made this node, `file.py:12 in forward`: the last frame, without its folder's machine part."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line, function = frames[-1]
+    return f"{'/'.join(file.split('/')[-2:])}:{line} in {function}"
+
+
+def module_layer(node: Node) -> int | None:
+    """The number of the innermost numbered module that encloses a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    numbers = [int(m) for path, _ in stack.values() for m in re.findall(r"(?:\.|\[|_modules\['?)(\d+)", str(path))[-1:]]
+    return numbers[-1] if numbers else None
+
+
+def output(graph: Graph) -> Node:
+    return next(iter(graph.find_nodes(op="output")))
+
+
+def order(graph: Graph) -> dict[Node, int]:
+    return {n: i for i, n in enumerate(graph.nodes)}
+
+
+def copy_meta(new: Node, old: Node, fake: Any = None) -> None:
+    """Only the value and the stack trace: other entries describe the old op."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    if fake is not None:
+        new.meta["example_value"] = fake
+
+
+PURE = {"placeholder", "output"}
+
+
+def erase_unused(graph: Graph, nodes: list[Node]) -> None:
+    """Erase these nodes if unused, then their inputs that become unused; never a placeholder or a mutation.
+
+    `eliminate_dead_code` would drop in-place calls without users, on which the program's meaning hangs.
+    """
+    stack = list(nodes)
+    while stack:
+        n = stack.pop()
+        if n._erased or n.users or n.op in PURE or is_mutation(n):
+            continue
+        inputs = list(n.all_input_nodes)
+        graph.erase_node(n)
+        stack += inputs
+
+
+def is_mutation(node: Node) -> bool:
+    """Whether a node writes to one of its inputs, as far as its name tells (every in-place spelling ends in _)."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target))
+        return (
+            name in ("setitem", "_assert_async", "_log_api_usage_once", "_assert_scalar", "_check")
+            or (name.endswith("_") and not name.endswith("__"))
+            or name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor")
+            or "out" in node.kwargs
+        )
+    return False
+
+
+def tensor_dtype(t: torch.dtype) -> str:
+    return str(t).removeprefix("torch.")
+
+
+def duplicate(gm: GraphModule) -> GraphModule:
+    """A copy of a Dynamo graph that may be rewritten; attributes and fake values are shared."""
+    graph, mapping = Graph(), {}
+    result = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert result is not None
+    out = graph.output(result[0])
+    out.meta = dict(result[1].meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return GraphModule(gm, graph)

@@ -1,0 +1,246 @@
+"""Recognition: which attentions read a cache that may change its representation.
+
+The rules of legality, all of them here. An attention is a site if
+ 1. keys and values each lead, through proved views only, to a cache tensor with one append (`caches`);
+ 2. K and V pair up: same kind, same positions, same number of tokens, KV heads and head repetition;
+ 3. query heads are KV heads x repetition, in the order of `repeat_kv`;
+ 4. every use of the cache tensor is its append, a view that ends in an attention, a size, or the graph's output;
+    each use that reads comes after the append;
+ 5. the mask is a tensor over all positions of the cache, or absent where the cache has no empty positions;
+    attention over a buffer's first n tokens, n as many as are appended, is attention over the new tokens alone: then
+    the positions must start at 0, which a new buffer proves and the graph otherwise asserts.
+Everything else is `Declined` with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, GraphModule, Node
+
+from kvc_compile.passes.attention import Attention, NotAttention, find_attention
+from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, trace_operand
+from kvc_compile.passes.fx import is_call, module_layer, order, output, same, shape, source, tensor_dtype, value, where
+from kvc_compile.passes.views import Peeled
+from kvc_compile.sites import CacheTensor, Declined, Site
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site with the nodes that the rewrite needs; `site` is the record of it."""
+
+    site: Site
+    attention: Attention
+    key: Buffer | Concat
+    value: Buffer | Concat
+    paths: tuple[Node, ...]  # the views between the cache tensors and the attention
+    alone: bool  # attention sees the new tokens only
+
+
+def recognise(gm: GraphModule) -> list[Match | Declined]:
+    """Every attention of a Dynamo graph, in order: matched or declined."""
+    found = find_attention(gm.graph)
+    inner = {n for a in found if isinstance(a, Attention) for n in (a.node, *a.inner)}
+    matches: list[Match | Declined] = []
+    for index, a in enumerate(found):
+        if isinstance(a, NotAttention):
+            matches.append(Declined(index, a.node.name, a.reason, where(a.node)))
+            continue
+        try:
+            matches.append(match(index, a))
+        except Decline as e:
+            matches.append(Declined(index, a.node.name, str(e), where(a.node)))
+    return check_uses(gm.graph, matches, inner)
+
+
+def match(index: int, a: Attention) -> Match:
+    kp, key = trace_operand(a.k, transposed=a.pattern == "softmax")
+    vp, val = trace_operand(a.v, transposed=False)
+    pair(a, kp, key, vp, val)
+    layer = layer_of(index, a, key)
+    site = Site(
+        index=index,
+        layer=layer,
+        node=a.node.name,
+        pattern=a.pattern,
+        query_heads=int(shape(a.q)[1]),  # type: ignore[index]
+        scale=a.scale,
+        mask=a.mask.name if a.mask is not None else "causal" if a.causal else "none",
+        key=record(key),
+        value=record(val),
+        where=where(a.node),
+    )
+    return Match(site, a, key, val, (*kp.path, *vp.path), kp.window is not None)
+
+
+def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer | Concat) -> None:
+    """Rules 2, 3 and 5."""
+    if type(key) is not type(val) or key.node is val.node:
+        raise Decline("keys and values are not two caches of the same kind")
+    ks, vs, qs = shape(key.node), shape(val.node), shape(a.q)
+    kx, vx = shape(key.x), shape(val.x)
+    if ks is None or vs is None or qs is None or kx is None or vx is None:
+        raise Decline("a shape is not known")
+    if not all(isinstance(n, int) for n in (ks[1], ks[3], vs[1], vs[3], qs[1])):
+        raise Decline("the number of heads or channels is not fixed")
+    if not (same(ks[0], vs[0]) and ks[1] == vs[1] and same(kx[2], vx[2])):
+        raise Decline(f"keys {tuple(ks)} and values {tuple(vs)} do not pair up")
+    if not (same(qs[0], ks[0]) and same(qs[2], kx[2]) and qs[3] == ks[3]):
+        raise Decline(f"queries {tuple(qs)} do not belong to the {tuple(kx)} keys that are appended")
+    if kp.groups != vp.groups:
+        raise Decline("keys and values are repeated for different numbers of query heads")
+    repeated = ks[1] * kp.groups
+    if qs[1] != repeated and not (a.broadcast_heads and kp.groups == 1 and qs[1] % ks[1] == 0):
+        raise Decline(f"{qs[1]} query heads on {ks[1]} key heads repeated {kp.groups} times")
+    dtypes = {value(n).dtype for n in (a.q, key.node, val.node)}
+    if len(dtypes) > 1:
+        raise Decline(f"queries, keys and values of different dtypes: {sorted(map(str, dtypes))}")
+    if ks[3] % 4 or vs[3] % 4:
+        raise Decline(f"head dimensions {ks[3]} and {vs[3]}: a multiple of 4 is needed")
+    if isinstance(key, Buffer) and isinstance(val, Buffer):
+        if key.positions is not val.positions:
+            raise Decline("keys and values are appended at different positions")
+        if key.born != val.born:
+            raise Decline("keys and values are not two caches of the same kind")
+        if not same(ks[2], vs[2]):
+            raise Decline("keys and values have room for different numbers of tokens")
+        if (kp.window is None) != (vp.window is None):
+            raise Decline("keys and values are cut to different numbers of tokens")
+        if kp.window is not None:
+            if not (same(size(kp.window), kx[2]) and same(size(vp.window), kx[2])):
+                raise Decline(f"attention reads the first {kp.window} tokens of a cache to which {kx[2]} are appended")
+            ks = (*ks[:2], kx[2], ks[3])
+        elif a.mask is None:
+            raise Decline("no mask over a static cache: attention reads its empty positions too")
+        elif a.causal:
+            raise Decline("is_causal and a mask")
+    elif kp.window is not None or vp.window is not None:
+        raise Decline("attention reads the first tokens of a growing cache only")
+    if isinstance(key, Concat) and isinstance(val, Concat):
+        if (key.past is None) != (val.past is None):
+            raise Decline("keys and values are not two caches of the same kind")
+        if a.causal and key.past is not None:
+            raise Decline("is_causal over a cache with history counts from the first key, not from the last")
+    if a.mask is not None:
+        ms = shape(a.mask)
+        if ms is None or len(ms) > 4 or not same(ms[-1], ks[2]):
+            raise Decline(f"a mask {ms} that does not cover the {ks[2]} positions of the cache one by one")
+        m = value(a.mask)
+        if not (m.dtype.is_floating_point or m.dtype.is_floating_point is False and str(m.dtype) == "torch.bool"):
+            raise Decline(f"a mask of {m.dtype}")
+        if len(ms) == 4 and not (same(ms[1], 1) or same(ms[1], qs[1])):
+            raise Decline(f"a mask {tuple(ms)} for {qs[1]} query heads")
+        if len(ms) == 3 and not same(ms[0], 1):
+            raise Decline(f"a mask {tuple(ms)} of three dimensions")
+        if len(ms) >= 2 and not (same(ms[-2], qs[2]) or same(ms[-2], 1)):
+            raise Decline(f"a mask {tuple(ms)} for {qs[2]} queries")
+
+
+def size(x: object) -> object:
+    """A size given as a number or as a node."""
+    return value(x) if isinstance(x, Node) else x
+
+
+def layer_of(index: int, a: Attention, key: Buffer | Concat) -> int:
+    """The layer: from the cache's own name where it has one, else from the module, else the order of attention."""
+    import re
+
+    placeholder = key.past if isinstance(key, Concat) else key.node
+    if placeholder is not None and placeholder.op == "placeholder":
+        numbers = re.findall(r"layers(?:\[|'\]\._modules\[')(\d+)", source(placeholder))
+        if numbers:
+            return int(numbers[-1])
+    found = module_layer(a.node)
+    return index if found is None else found
+
+
+def record(c: Buffer | Concat) -> CacheTensor:
+    s = shape(c.node)
+    assert s is not None
+    if isinstance(c, Buffer):
+        kind = "born" if c.born else "static"
+        buffer, append, src = c.node.name, c.append.name, source(c.node)
+    else:
+        kind = "grown" if c.past is not None and is_handle(c.past) else "fresh"
+        buffer, append, src = c.node.name, c.node.name, source(c.past) if c.past is not None else ""
+    return CacheTensor(kind, buffer, src, append, int(s[1]), int(s[3]), tensor_dtype(value(c.node).dtype))
+
+
+def is_handle(node: Node) -> bool:
+    from kvc_compile.handle import CacheHandle
+
+    return isinstance(value(node), CacheHandle)
+
+
+def check_uses(graph: Graph, matches: list[Match | Declined], inner: set[Node]) -> list[Match | Declined]:
+    """Rule 4, over the whole graph: a cache tensor has no use that was not accounted for."""
+    position, out = order(graph), output(graph)
+    changed = True
+    while changed:  # declining one reader of a cache declines the others
+        changed = False
+        known = {m.attention.node for m in matches if isinstance(m, Match)}
+        spans: dict[Node, set[Node]] = {}
+        for m in matches:
+            if isinstance(m, Match):
+                for c in (m.key, m.value):
+                    spans.setdefault(c.node, set()).update(m.paths, m.attention.inner, [m.attention.node])
+        for i, m in enumerate(matches):
+            if isinstance(m, Declined):
+                continue
+            try:
+                for c in (m.key, m.value):
+                    check_cache(c, spans[c.node], position, out, known)
+            except Decline as e:
+                matches[i] = Declined(m.site.index, m.site.node, str(e), m.site.where)
+                changed = True
+    return matches
+
+
+def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], out: Node, known: set[Node]) -> None:
+    what = source(c.node) or c.node.name
+    allowed = span | set(c.metadata) | {out}
+    roots = [c.node]
+    if isinstance(c, Buffer):
+        allowed.add(c.append)
+        if c.append.op == "call_method":  # index_copy_ returns the buffer
+            roots.append(c.append)
+    for root in roots:
+        for user in root.users:
+            if isinstance(c, Concat) and c.past is None and is_call(user, *SIZES):
+                continue  # the concatenation itself stays in the graph
+            if user not in allowed:
+                raise Decline(f"{what} is also used by `{getattr(user.target, '__name__', user.target)}`")
+            if isinstance(c, Buffer) and user in span and position[user] < position[c.append]:
+                raise Decline(f"{what} is read before the new tokens are written to it")
+    for view in span - known:
+        if any(u not in span and u is not out for u in view.users) and view not in known:
+            user = next(u for u in view.users if u not in span and u is not out)
+            raise Decline(f"a view of {what} is also used by `{getattr(user.target, '__name__', user.target)}`")
+        if out in view.users:
+            raise Decline(f"a view of {what} is returned")
+    if isinstance(c, Concat) and c.past is not None:
+        for user in c.past.users:
+            if user is not c.node and user not in c.metadata:
+                name = getattr(user.target, "__name__", user.target)
+                raise Decline(f"{source(c.past)} is also used by `{name}`")
+            if user in c.metadata and user.users and is_call(user, "stride", "is_contiguous"):
+                raise Decline(f"the strides of {source(c.past)} are used")
+    if isinstance(c, Concat) and out not in c.node.users:
+        raise Decline(f"{what} is not returned to the caller, so nothing keeps it")
+
+
+def legal(gm: GraphModule, found: list[Match | Declined], example_inputs: list) -> list[Match | Declined]:
+    """The last rules, over the whole graph: gradients are off, and moving the appends behind the attention is safe."""
+    import torch
+
+    from kvc_compile.passes.rewrite import movable
+
+    grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    result: list[Match | Declined] = []
+    for m in found:
+        if isinstance(m, Declined):
+            result.append(m)
+            continue
+        reason = "gradients are enabled: run the model under torch.no_grad()" if grad else movable(gm.graph, m)
+        result.append(m if reason is None else Declined(m.site.index, m.site.node, reason, m.site.where))
+    return result

@@ -1,0 +1,313 @@
+"""The rewrite: attention over a cache and the append to it become `kvc::attend` and `kvc::append` on arenas.
+
+Per site, with k and v the new tokens:
+
+    static    append; attend                 ->  o = attend(q, K, V, k, v, ...); append(K, k); append(V, v)
+    alone     append; attend first n         ->  o = sdpa(q, k, v, ...); append(K, k); append(V, v)
+    born      zeros; append; attend          ->  K = empty(...); as above; K returned
+    grown     cat(past, k); attend           ->  as above with n = 1; else K' = extend(K, k), returned
+    fresh     cat([], k); attend             ->  attention as it was; K = encode(cat), returned
+
+Attention comes before the append because the new tokens are attended as they are, before any rounding. A handle
+placeholder becomes its arena: the graph that is lowered holds plain tensors only, and the runtime (`kvc_compile.bound`)
+takes handles apart and puts them together.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from kvc_compile.handle import CacheHandle
+from kvc_compile.layout import Layout
+from kvc_compile.lowering import checks
+from kvc_compile.passes.caches import Buffer, Concat, Decline
+from kvc_compile.passes.fx import copy_meta, erase_unused, is_mutation, order, output, shape, value
+from kvc_compile.passes.recognise import Match
+from kvc_compile.plan import SLACK, Plan, SitePlan
+
+kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
+
+
+@dataclass(frozen=True)
+class Input:
+    """A placeholder that the lowered graph takes as an arena. `tokens`: room of a static cache, None for a grown one;
+    `start`: the placeholder whose first element is the first position that is written, if there is one."""
+
+    index: int
+    layout: str
+    layer: int
+    role: str
+    tokens: int | None
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of the original graph that becomes a handle.
+
+    arena: index of the arena among the lowered outputs, or `~i` for the arena of input i, extended in place.
+    tokens: the handle's tokens, or `~i`: lowered output i holds them.
+    add_to: input whose handle's tokens are added to these, or None.
+    """
+
+    index: int
+    arena: int
+    layout: str
+    layer: int
+    role: str
+    static: bool
+    tokens: int
+    add_to: int | None = None
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What the runtime must know about a rewritten graph."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    results: int  # outputs of the original graph
+
+    @property
+    def births(self) -> bool:
+        return any(o.arena >= 0 for o in self.outputs)
+
+
+def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
+    """Rewrite the matched sites of `gm` in place, as planned."""
+    graph = gm.graph
+    plans = {e.site.index: e for e in plan.planned}
+    work = _Rewrite(graph)
+    for m in matches:
+        work.site(m, plans[m.site.index])
+    work.finish()
+    graph.lint()
+    gm.recompile()
+    return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results)
+
+
+def movable(graph: Graph, m: Match) -> str | None:
+    """Why the append of a site may not move behind its attention, or None: nothing in between may write its inputs."""
+    if not isinstance(m.key, Buffer) or not isinstance(m.value, Buffer):
+        return None
+    position = order(graph)
+    first = min(position[m.key.append], position[m.value.append])
+    ours = {m.key.append, m.value.append}
+    for n in graph.nodes:
+        if first < position[n] < position[m.attention.node] and is_mutation(n) and n not in ours and n.all_input_nodes:
+            target = value(n.all_input_nodes[0])
+            counter = isinstance(target, torch.Tensor) and not target.dtype.is_floating_point and target.dim() == 0
+            if not counter and len(shape(n.all_input_nodes[0]) or ()) != 4:
+                return f"`{n.target}` writes to {n.all_input_nodes[0]} between the append and the attention"
+    return None
+
+
+class _Rewrite:
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.placeholders = list(graph.find_nodes(op="placeholder"))
+        self.out = output(graph)
+        self.returned: list[Any] = list(self.out.args[0])  # type: ignore[arg-type]
+        self.results = len(self.returned)
+        self.inputs: list[Input] = []
+        self.outputs: list[Output] = []
+        self.dead: list[Node] = []
+        self.arenas: dict[Node, Node] = {}  # cache tensor -> arena
+        self.last_read: dict[Node, Node] = {}
+        self.checked: set[tuple[Node | None, Node]] = set()
+        self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
+
+    def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
+        node = self.graph.call_function(op, args)
+        copy_meta(node, like, fake)
+        return node
+
+    # ------------------------------------------------------------ one site
+
+    def site(self, m: Match, p: SitePlan) -> None:
+        if isinstance(m.key, Concat) and m.site.key.kind == "fresh":
+            for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
+                self.encode(c, layout, role, m)  # type: ignore[arg-type]
+            return
+        a = m.attention
+        k = self.arena(m.key, p.key, "keys", m)
+        v = self.arena(m.value, p.value, "values", m)
+        positions = m.key.positions if isinstance(m.key, Buffer) else None
+        with self.graph.inserting_before(a.node):
+            if m.alone:
+                if m.site.key.kind != "born":
+                    self.call(checks.check_first, positions, like=a.node)
+                sdpa = torch._C._nn.scaled_dot_product_attention
+                new = self.call(sdpa, a.q, m.key.x, m.value.x, like=a.node, fake=value(a.node))
+                new.kwargs = {
+                    "attn_mask": a.mask,
+                    "is_causal": a.causal,
+                    "scale": a.scale,
+                    "enable_gqa": shape(a.q)[1] != shape(m.key.x)[1],  # type: ignore[index]
+                }
+                self.rest(m, p, new)
+                return
+            if positions is not None and value(a.q).is_cuda and (a.mask, positions) not in self.checked:
+                self.checked.add((a.mask, positions))
+                self.call(checks.check_positions, a.mask, positions, m.key.consecutive, like=a.node)  # type: ignore[union-attr]
+            args = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, p.key.key, p.value.key)
+            new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
+        self.rest(m, p, new)
+
+    def rest(self, m: Match, p: SitePlan, new: Node) -> None:
+        """Put `new` in the attention's place and remember the appends that follow it."""
+        a = m.attention
+        a.node.replace_all_uses_with(new)
+        self.dead += [a.node]
+        for c, layout in ((m.key, p.key), (m.value, p.value)):
+            self.last_read[c.node] = new
+            self.appends[c.node] = (c, layout, m)
+        self.dead += [*a.inner, *m.paths]
+
+    def arena(self, c: Buffer | Concat, layout: Layout, role: str, m: Match) -> Node:
+        if c.node in self.arenas:
+            return self.arenas[c.node]
+        if isinstance(c, Buffer) and c.born:
+            sizes = c.node.args[0] if c.node.op == "call_function" else c.node.args[1]
+            batch, tokens = sizes[0], sizes[2]  # type: ignore[index]
+            with self.graph.inserting_before(c.append):
+                arena = self.call(kvc.empty.default, c.x, batch, tokens, layout.key, like=c.node)
+            for i, r in enumerate(self.returned):
+                if r is c.node or r is c.append:
+                    self.returned[i] = arena
+                    n = shape(c.node)[2]  # type: ignore[index]
+                    self.outputs.append(Output(i, i, layout.key, m.site.layer, role, True, int(n)))
+            self.dead.append(c.node)
+        else:
+            arena = c.past if isinstance(c, Concat) else c.node  # type: ignore[assignment]
+            assert arena is not None
+            static = isinstance(c, Buffer)
+            tokens = int(shape(c.node)[2]) if static else None  # type: ignore[index]
+            index = self.placeholders.index(arena)
+            start = first_position(c.positions, self.placeholders) if isinstance(c, Buffer) else None
+            self.inputs.append(Input(index, layout.key, m.site.layer, role, tokens, start))
+            self.sizes(c.metadata)
+        self.arenas[c.node] = arena
+        return arena
+
+    def encode(self, c: Concat, layout: Layout, role: str, m: Match) -> None:
+        with self.graph.inserting_after(c.node):
+            n = shape(c.node)[2]  # type: ignore[index]
+            tokens: Any = n
+            if not isinstance(n, int):
+                tokens = self.graph.call_method("size", (c.node, 2))
+                copy_meta(tokens, c.node, n)
+        anchor = tokens if isinstance(tokens, Node) else c.node
+        with self.graph.inserting_after(anchor):
+            room: Any = n + SLACK if isinstance(n, int) else self.graph.call_function(operator.add, (tokens, SLACK))
+            if isinstance(room, Node):
+                copy_meta(room, c.node, n + SLACK)
+        with self.graph.inserting_after(room if isinstance(room, Node) else anchor):
+            arena = self.call(kvc.encode.default, c.node, room, layout.key, like=c.node)
+        for i, r in enumerate(self.returned[: self.results]):
+            if r is c.node:
+                self.returned[i] = arena
+                self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, self.number(tokens)))
+
+    def number(self, tokens: Any) -> int:
+        """A token count as `Output.tokens`: itself, or `~i` for an output that is added for it."""
+        if isinstance(tokens, int):
+            return tokens
+        self.returned.append(tokens)
+        return ~(len(self.returned) - 1)
+
+    def sizes(self, metadata: tuple[Node, ...]) -> None:
+        """Reads of a handle's sizes become constants or the graph's own symbols."""
+        for n in metadata:
+            if n.users:
+                n.replace_all_uses_with(size_value(n, self.placeholders))
+            self.graph.erase_node(n)
+
+    # ------------------------------------------------------------ the end of the graph
+
+    def finish(self) -> None:
+        for cache, (c, layout, m) in self.appends.items():
+            arena = self.arenas[cache]
+            role = "keys" if c is m.key else "values"
+            with self.graph.inserting_after(self.last_read[cache]):
+                if isinstance(c, Buffer):
+                    self.call(kvc.append.default, arena, c.x, c.positions, layout.key, like=c.append)
+                elif shape(c.x)[2] == 1:  # type: ignore[index]
+                    self.call(kvc.append.default, arena, c.x, None, layout.key, like=c.node)
+                else:
+                    arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
+            if isinstance(c, Buffer):
+                self.dead.insert(0, c.append)
+                c.append.meta["kvc_erase"] = True
+            else:
+                self.grown(c, arena, layout, m, role)
+                self.dead.append(c.node)
+        self.out.args = (tuple(self.returned),)
+        for n in [n for n in self.dead if n.meta.get("kvc_erase")]:
+            n.replace_all_uses_with(n.args[0])  # type: ignore[arg-type]
+            self.graph.erase_node(n)
+        erase_unused(self.graph, [n for n in self.dead if not n._erased])
+        for i in self.inputs:
+            convert_placeholder(self.placeholders[i.index], i)
+
+    def grown(self, c: Concat, arena: Node, layout: Layout, m: Match, role: str) -> None:
+        past = self.placeholders.index(c.past)  # type: ignore[arg-type]
+        n: Any = shape(c.x)[2]  # type: ignore[index]
+        for i, r in enumerate(self.returned[: self.results]):
+            if r is not c.node:
+                continue
+            if arena is c.past:
+                self.returned[i] = None
+                self.outputs.append(Output(i, ~past, layout.key, m.site.layer, role, False, 1, past))
+                continue
+            self.returned[i] = arena
+            if not isinstance(n, int):
+                with self.graph.inserting_before(self.out):
+                    n = self.graph.call_method("size", (c.x, 2))
+                    copy_meta(n, c.node, shape(c.x)[2])  # type: ignore[index]
+            self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, self.number(n), past))
+
+
+def size_value(node: Node, placeholders: list[Node]) -> Any:
+    """What a read of a size of a handle is: a constant, or the placeholder of the same symbol."""
+    v = value(node)
+    if isinstance(v, (int, bool)):
+        return v
+    if isinstance(v, torch.SymInt):
+        for p in placeholders:
+            s = value(p)
+            if isinstance(s, torch.SymInt) and s.node.expr == v.node.expr:
+                return p
+    raise Decline(f"the size {v} of a compressed cache is used and is no input of the graph")
+
+
+def first_position(positions: Node, placeholders: list[Node]) -> int | None:
+    """The index of the placeholder that holds the first position: `positions` itself, or the scalar of `arange + scalar`."""
+    candidates = [positions, *positions.all_input_nodes]
+    while candidates:
+        n = candidates.pop(0)
+        if n in placeholders and isinstance(value(n), torch.Tensor):
+            return placeholders.index(n)
+        if n.op == "call_method" and n.target == "to":
+            candidates.append(n.args[0])  # type: ignore[arg-type]
+    return None
+
+
+def convert_placeholder(node: Node, i: Input) -> None:
+    """The placeholder's value in the lowered graph: the arena."""
+    old = value(node)
+    layout = Layout.parse(i.layout)
+    if isinstance(old, CacheHandle):
+        arena = old.arena
+    else:
+        with old.fake_mode:
+            arena = torch.empty(old.shape[0], layout.row_bytes(i.tokens or 0), dtype=torch.uint8, device=old.device)
+    node.meta["example_value"] = arena
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta.pop("grapharg", None)
+

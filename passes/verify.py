@@ -1,0 +1,26 @@
+"""What must hold after the rewrite; a violation is a bug of ours, found at the pass's own door."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from kvc_compile.plan import Plan
+
+
+def verify(gm: GraphModule, plan: Plan) -> None:
+    """Every planned attention is gone and its cache tensors have no reader or writer but kvc:: operators."""
+    gm.graph.lint()
+    names = {n.name: n for n in gm.graph.nodes}
+    expected = [e for e in plan.planned if e.site.key.kind != "fresh"]
+    for e in expected:
+        if e.site.node in names:
+            raise AssertionError(f"attention {e.site.node} is still in the graph")
+        for cache in (e.site.key, e.site.value):
+            node = names.get(cache.buffer)
+            if cache.kind in ("born", "grown"):
+                if node is not None:
+                    raise AssertionError(f"{cache.buffer} should be gone")
+                continue
+            for user in node.users if node is not None else ():
+                if getattr(user.target, "namespace", "") != "kvc" and user.op != "output":
+                    raise AssertionError(f"{cache.buffer} is still used by {user.target}")
