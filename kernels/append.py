@@ -2,7 +2,8 @@
 
 Symbols beyond those of `kernels.codec`:
 
-    x                new tokens [B, H, n, D], stored at the positions start .. start+n-1
+    x                new tokens [B, H, n, D], stored at the positions start .. start+n-1: at positions[0] if PLACED,
+                     else at the end
     first, last      body tokens to encode now: those that the ring must give up, first .. last-1
     GP, CP           channel groups and channels of a group, rounded up to powers of two: a tile is [16, GP, CP]
     PIECE            tokens of a plane that one step encodes: whole word groups and whole scale blocks
@@ -47,7 +48,7 @@ def pieces(f: Form, tokens: int) -> int:
 
 
 @triton.jit
-def plan(arena, h, start_pointer, n, N, HAS_START: tl.constexpr, F: tl.constexpr):
+def plan(arena, h, positions, n, N, PLACED: tl.constexpr, F: tl.constexpr):
     """(start, first, last, fits): where n tokens go, what is encoded for them, and whether they can be appended.
 
     Going back is possible while what remains is whole: into the ring, the sink, or between two scale blocks.
@@ -57,8 +58,8 @@ def plan(arena, h, start_pointer, n, N, HAS_START: tl.constexpr, F: tl.constexpr
     encoded = tl.load(head + 1).to(tl.int32)
     fault = tl.load(head + 2).to(tl.int32)
     start = length
-    if HAS_START:
-        start = tl.load(start_pointer).to(tl.int32)
+    if PLACED:
+        start = tl.load(positions).to(tl.int32)
     keep = tl.maximum(start - F.sink, 0)
     whole = (encoded <= keep) | (keep % (F.t if F.t > 0 else 1) == 0)
     first = tl.minimum(encoded, keep)
@@ -205,7 +206,7 @@ def store_tokens(arena, x, stride, h, start, last, n, j, fits, DP: tl.constexpr,
     """Store those of the new tokens j [m] that are not encoded, in the sink or the ring."""
     d = tl.arange(0, DP)
     p = start + j
-    exact = (j < n) & fits & ((p < F.sink) | (p >= F.sink + last))
+    exact = (j < tl.where(fits, n, 0)) & ((p < F.sink) | (p >= F.sink + last))
     live = exact[:, None] & (d < F.channels)[None, :]
     y = tl.load(x + j.to(tl.int64)[:, None] * stride + d[None, :], mask=live, other=0.0)
     at = typed(arena, x.dtype.element_ty) + exact_offset(h, p, F)
@@ -216,20 +217,21 @@ def store_tokens(arena, x, stride, h, start, last, n, j, fits, DP: tl.constexpr,
 def store_header(arena, h, length, encoded, fits):
     """The new length and encoded count of one head, or the fault that stopped it."""
     head = header_pointer(arena, h)
+    tl.debug_barrier()  # every warp has read the old one
     tl.store(head, length.to(tl.int64), mask=fits)
     tl.store(head + 1, encoded.to(tl.int64), mask=fits)
     tl.store(head + 2, tl.where(fits, 0, 1).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["N"])
-def append_token(data, x, start_pointer, row_stride, start_stride, x_stride_b, x_stride_h, N,
-                 HAS_START: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
+                 PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
                  F: tl.constexpr):  # fmt: skip
     """One new token a sequence. Program: (batch row, head)."""
     b, h = tl.program_id(0) // F.heads, tl.program_id(0) % F.heads
     arena = data + b.to(tl.int64) * row_stride
     x += b.to(tl.int64) * x_stride_b + h.to(tl.int64) * x_stride_h
-    start, first, last, fits = plan(arena, h, start_pointer + b * start_stride, 1, N, HAS_START, F)
+    start, first, last, fits = plan(arena, h, positions, 1, N, PLACED, F)
     encode_plane(arena, x, 0, h, N, start, first, last, F.low, 0, GP, CP, F)
     if F.high > 0:
         encode_plane(arena, x, 0, h, N, start, first, last, F.high, F.low, GP, CP, F)
@@ -239,13 +241,13 @@ def append_token(data, x, start_pointer, row_stride, start_stride, x_stride_b, x
 
 
 @triton.jit(do_not_specialize=["N", "n"])
-def append_encode(data, x, start_pointer, row_stride, start_stride, x_stride_b, x_stride_h, x_stride_n, N, n,
-                  HAS_START: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, F: tl.constexpr):  # fmt: skip
+def append_encode(data, x, positions, row_stride, x_stride_b, x_stride_h, x_stride_n, N, n,
+                  PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """First of three: encode what leaves the ring. Program: (piece of every plane, batch row and head)."""
     b, h = tl.program_id(1) // F.heads, tl.program_id(1) % F.heads
     arena = data + b.to(tl.int64) * row_stride
     x += b.to(tl.int64) * x_stride_b + h.to(tl.int64) * x_stride_h
-    start, first, last, _ = plan(arena, h, start_pointer + b * start_stride, n, N, HAS_START, F)
+    start, first, last, _ = plan(arena, h, positions, n, N, PLACED, F)
     LOW: tl.constexpr = piece_tokens(F.low, F)
     piece = first // LOW + tl.program_id(0)
     if piece * LOW < last:
@@ -258,21 +260,21 @@ def append_encode(data, x, start_pointer, row_stride, start_stride, x_stride_b, 
 
 
 @triton.jit(do_not_specialize=["N", "n"])
-def append_store(data, x, start_pointer, row_stride, start_stride, x_stride_b, x_stride_h, x_stride_n, N, n,
-                 HAS_START: tl.constexpr, TOKENS: tl.constexpr, DP: tl.constexpr, F: tl.constexpr):  # fmt: skip
+def append_store(data, x, positions, row_stride, x_stride_b, x_stride_h, x_stride_n, N, n,
+                 PLACED: tl.constexpr, TOKENS: tl.constexpr, DP: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Second of three: sink and ring. Program: (TOKENS new tokens, batch row and head)."""
     b, h = tl.program_id(1) // F.heads, tl.program_id(1) % F.heads
     arena = data + b.to(tl.int64) * row_stride
     x += b.to(tl.int64) * x_stride_b + h.to(tl.int64) * x_stride_h
-    start, _, last, fits = plan(arena, h, start_pointer + b * start_stride, n, N, HAS_START, F)
+    start, _, last, fits = plan(arena, h, positions, n, N, PLACED, F)
     j = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     store_tokens(arena, x, x_stride_n, h, start, last, n, j, fits, DP, F)
 
 
 @triton.jit(do_not_specialize=["N", "n"])
-def append_commit(data, start_pointer, row_stride, start_stride, N, n, HAS_START: tl.constexpr, F: tl.constexpr):
+def append_commit(data, positions, row_stride, N, n, PLACED: tl.constexpr, F: tl.constexpr):
     """Third of three: the header. Program: (batch row, head)."""
     b, h = tl.program_id(0) // F.heads, tl.program_id(0) % F.heads
     arena = data + b.to(tl.int64) * row_stride
-    start, _, last, fits = plan(arena, h, start_pointer + b * start_stride, n, N, HAS_START, F)
+    start, _, last, fits = plan(arena, h, positions, n, N, PLACED, F)
     store_header(arena, h, start + n, last, fits)

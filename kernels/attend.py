@@ -3,13 +3,14 @@
 Symbols beyond those of `kernels.codec`:
 
     q, k_new, v_new   the new tokens [B, query heads or H, n, D]; they stand at the positions L .. L+n-1
-    L, T              tokens in the cache, and with the new ones: T = L + n
+    L, T              cached tokens to attend to, and with the new ones: T = L + n. L is positions[0] where positions
+                      are given (what the cache holds from there on is about to be replaced), else all it holds
     G                 query heads of one kv head;  query rows r = i * G + g: query i, head g of the group
     BM, BN            rows of a tile; tokens of a tile, which begins at position origin + BN * tile, origin <= 0
     DK, DV            channels of a key and of a value, rounded up to powers of two
     S                 splits of the sequence; each leaves (o, lse) and `merge` combines them
 
-    s = q k^T * scale (+ mask)      m = max s      l = sum exp(s - m)      o = sum exp(s - m) v / l      lse = m + log l
+    s = q k^T * scale (+ mask)   m = max s   mass = sum exp(s - m)   o = sum exp(s - m) v / mass    lse = m + log mass
     out = sum_S exp(lse_S - lse) o_S
 
 A tile is of one of three kinds, so that the common ones cost no selection: BODY, all of whose keys and values are
@@ -37,15 +38,15 @@ def origin(k, bn):
 
 
 @triton.constexpr_function
-def one_block(f, start, bn):
-    """Whether every tile's body tokens share a scale block."""
-    return f.t > 0 and f.t % bn == 0 and (f.sink - start) % bn == 0
+def aligned(f, k, bn):
+    """Whether tiles lie on multiples of BN in the body of f, too."""
+    return (f.sink - k.sink) % bn == 0
 
 
 @triton.jit
-def soft_step(q, k, v, seen, bias, scale, m, l, acc, DOT: tl.constexpr):
-    """One tile of online softmax: the new (m, l, acc), acc not yet divided by l."""
-    PRECISION: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32"
+def soft_step(q, k, v, seen, bias, scale, m, mass, acc, DOT: tl.constexpr):
+    """One tile of online softmax: the new (m, mass, acc), acc not yet divided by mass."""
+    PRECISION: tl.constexpr = "ieee" if DOT.primitive_bitwidth == 32 else "tf32"
     s = tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * scale + bias
     s = tl.where(seen, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
@@ -53,30 +54,29 @@ def soft_step(q, k, v, seen, bias, scale, m, l, acc, DOT: tl.constexpr):
     p = tl.exp2((s - shift[:, None]) * LOG2E)
     decay = tl.exp2((m - shift) * LOG2E)
     acc = tl.dot(p.to(DOT), v.to(DOT), acc * decay[:, None], input_precision=PRECISION)
-    return top, l * decay + tl.sum(p, 1), acc
+    return top, mass * decay + tl.sum(p, 1), acc
 
 
 @triton.jit
 def tile_step(
     KIND: tl.constexpr, p0, q, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_stride, h, NK, NV,
-    length, k_encoded, v_encoded, total, i, scale, m, l, acc,
+    length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Attend to the BN tokens from position p0 on."""
-    K_ONE: tl.constexpr = one_block(K, origin(K, BN), BN)
-    V_ONE: tl.constexpr = one_block(V, origin(K, BN), BN)
+    ALIGNED: tl.constexpr = aligned(V, K, BN)
     ELEMENT: tl.constexpr = k_new.dtype.element_ty
     dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     if KIND == BODY:
-        k = load_body(k_arena, h, NK, p0 - K.sink, k_encoded, dk, K_ONE, BN, ELEMENT, K)
-        v = load_body(v_arena, h, NV, p0 - V.sink, v_encoded, dv, V_ONE, BN, ELEMENT, V)
+        k = load_body(k_arena, h, NK, p0 - K.sink, k_encoded, dk, True, BN, ELEMENT, K)
+        v = load_body(v_arena, h, NV, p0 - V.sink, v_encoded, dv, ALIGNED, BN, ELEMENT, V)
     elif KIND == NEW:
         k = load_new(k_new, k_stride, p0 - length, total - length, dk, BN, K)
         v = load_new(v_new, v_stride, p0 - length, total - length, dv, BN, V)
     else:
-        k = load_tokens(k_arena, k_new, k_stride, h, NK, length, k_encoded, total, p0, dk, K_ONE, BN, K)
-        v = load_tokens(v_arena, v_new, v_stride, h, NV, length, v_encoded, total, p0, dv, V_ONE, BN, V)
+        k = load_tokens(k_arena, k_new, k_stride, h, NK, length, k_encoded, total, p0, dk, True, BN, K)
+        v = load_tokens(v_arena, v_new, v_stride, h, NV, length, v_encoded, total, p0, dv, ALIGNED, BN, V)
     p = p0 + tl.arange(0, BN)
     seen = ((p >= 0) & (p < total))[None, :]
     bias = 0.0
@@ -88,21 +88,21 @@ def tile_step(
             bias = cell.to(tl.float32)
     elif CAUSAL and KIND != BODY:
         seen = seen & (p[None, :] <= length + i[:, None])
-    return soft_step(q, k, v, seen, bias, scale, m, l, acc, DOT)
+    return soft_step(q, k, v, seen, bias, scale, m, mass, acc, DOT)
 
 
 @triton.jit(do_not_specialize=["NK", "NV", "n", "S", "width", "mask_b", "mask_h", "mask_n", "mask_p"])
 def attend_split(
-    q, k_new, v_new, mask, out, lse, k_data, v_data, scale, n, S, NK, NV, k_row, v_row, width,
+    q, k_new, v_new, mask, positions, out, lse, k_data, v_data, scale, n, S, NK, NV, k_row, v_row, width,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
-    G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr, DIRECT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
+    G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, CHUNK: tl.constexpr,
+    DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Program: (BM query rows, batch row and kv head, split).
 
-    CHUNK: whole tiles of new tokens are likely. DIRECT: S is 1 and `out` [B, query heads, n, Dv] is final; otherwise
-    out is fp32 [S, B * H * n * G, Dv] and lse [S, B * H * n * G].
+    PLACED: positions are given. CHUNK: there may be whole tiles of new tokens. DIRECT: S is 1 and `out`
+    [B, query heads, n, Dv] is final; otherwise out is fp32 [S, B * H * n * G, Dv] and lse [S, B * H * n * G].
     """
     ORIGIN: tl.constexpr = origin(K, BN)
     b, h = tl.program_id(1) // K.heads, tl.program_id(1) % K.heads
@@ -114,14 +114,20 @@ def attend_split(
     k_arena, v_arena = k_data + b * k_row, v_data + b * v_row
     k_new += b * k_b + h * k_h
     v_new += b * v_b + h * v_h
-    scale = scale.to(tl.float32)
 
     k_head, v_head = header_pointer(k_arena, h), header_pointer(v_arena, h)
     length = tl.load(k_head).to(tl.int32)
-    k_encoded = tl.load(k_head + 1).to(tl.int32)
-    v_encoded = tl.load(v_head + 1).to(tl.int32)
+    v_length = tl.load(v_head).to(tl.int32)
+    fault = (tl.load(k_head + 2) != 0) | (tl.load(v_head + 2) != 0)
+    if PLACED:
+        start = tl.load(positions).to(tl.int32)
+        fault = fault | (start < 0) | (start > length) | (start > v_length)
+        length = tl.maximum(tl.minimum(start, tl.minimum(length, v_length)), 0)
+    else:
+        fault = fault | (length != v_length)
+    k_encoded = tl.minimum(tl.load(k_head + 1).to(tl.int32), tl.maximum(length - K.sink, 0))
+    v_encoded = tl.minimum(tl.load(v_head + 1).to(tl.int32), tl.maximum(length - V.sink, 0))
     total = length + n
-    fault = (tl.load(k_head + 2) != 0) | (tl.load(v_head + 2) != 0) | (tl.load(v_head).to(tl.int32) != length)
     end = total
     if MASK != NO_MASK:
         fault = fault | (width < total)
@@ -130,7 +136,7 @@ def attend_split(
     elif CAUSAL:
         end = tl.minimum(total, length + (tl.program_id(0) * BM + BM - 1) // G + 1)
 
-    # tiles [0, a) and [b_, c) are mixed, [a, b_) body, [c, last) new
+    # tiles [first_body, last_body) are body, [first_new, last) new, the others mixed
     last = (end - ORIGIN + BN - 1) // BN
     SINKS: tl.constexpr = K.sink if K.sink > V.sink else V.sink
     packed = (tl.minimum(K.sink + k_encoded, V.sink + v_encoded) - ORIGIN) // BN
@@ -146,30 +152,35 @@ def attend_split(
     x = tl.load(q_rows[:, None] + d[None, :], mask=live & (d < K.channels)[None, :], other=0.0).to(DOT)
     mask_rows = mask + b * mask_b + (h * G + g) * mask_h + tl.minimum(i, n - 1).to(tl.int64) * mask_n
     m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    mass = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DV], tl.float32)
 
     share = (last_body - first_body + S - 1) // S
     lo = first_body + split * share
     for tile in tl.range(lo, tl.minimum(lo + share, last_body), num_stages=2):
-        m, l, acc = tile_step(
+        m, mass, acc = tile_step(
             BODY, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-            length, k_encoded, v_encoded, total, i, scale, m, l, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V)  # fmt: skip
+            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V,
+        )  # fmt: skip
     for turn in tl.range(split, first_body + first_new - last_body, S, num_stages=1):
         tile = tl.where(turn < first_body, turn, turn - first_body + last_body)
-        m, l, acc = tile_step(
+        m, mass, acc = tile_step(
             MIXED, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-            length, k_encoded, v_encoded, total, i, scale, m, l, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V)  # fmt: skip
+            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V,
+        )  # fmt: skip
     if CHUNK:
         share = (last - first_new + S - 1) // S
         lo = first_new + split * share
         for tile in tl.range(lo, tl.minimum(lo + share, last), num_stages=2):
-            m, l, acc = tile_step(
+            m, mass, acc = tile_step(
                 NEW, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-                length, k_encoded, v_encoded, total, i, scale, m, l, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V)  # fmt: skip
+                length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V,
+        )  # fmt: skip
 
-    acc = tl.where(l[:, None] > 0, acc / tl.where(l > 0, l, 1.0)[:, None], 0.0)
-    acc = tl.where(fault | (l != l)[:, None], float("nan"), acc)
+    nothing = mass == 0
+    acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, mass)[:, None]) + tl.where(
+        fault, float("nan"), 0.0
+    )
     dv = tl.arange(0, DV)
     live = live & (dv < V.channels)[None, :]
     row = tl.program_id(1).to(tl.int64) * rows
@@ -179,7 +190,7 @@ def attend_split(
     else:
         row += split * tl.num_programs(1).to(tl.int64) * rows + r
         tl.store(out + row[:, None] * V.channels + dv[None, :], acc, mask=live)
-        weight = tl.where(l > 0, m + tl.log(tl.where(l > 0, l, 1.0)), float("-inf"))
+        weight = tl.where(nothing, float("-inf"), m + tl.log(tl.where(nothing, 1.0, mass)))
         tl.store(lse + row, tl.where(fault, 0.0, weight), mask=r < rows)
 
 
@@ -190,7 +201,7 @@ def merge(parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.conste
     rows = tl.num_programs(0).to(tl.int64)
     d = tl.arange(0, DV)
     m = tl.full([1], float("-inf"), tl.float32)
-    l = tl.zeros([1], tl.float32)
+    mass = tl.zeros([1], tl.float32)
     acc = tl.zeros([DV], tl.float32)
     for s0 in range(0, S, BS):
         s = s0 + tl.arange(0, BS)
@@ -202,9 +213,9 @@ def merge(parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.conste
         w = tl.exp2((w - shift) * LOG2E)
         decay = tl.exp2((m - shift) * LOG2E)
         acc = acc * decay + tl.sum(o * w[:, None], 0)
-        l = l * decay + tl.sum(w, 0)
+        mass = mass * decay + tl.sum(w, 0)
         m = top
-    acc = tl.where(l > 0, acc / tl.where(l > 0, l, 1.0), 0.0)
+    acc = tl.where(mass == 0, 0.0, acc / tl.where(mass == 0, 1.0, mass))
     bh, r = row // (n * G), row % (n * G)
     at = bh * (n * G) + (r % G) * n + r // G
     tl.store(out + at * D + d, acc.to(out.dtype.element_ty), mask=d < D)

@@ -128,11 +128,9 @@ def plane_pointer(arena, h, N, BITS: tl.constexpr, BEFORE: tl.constexpr, F: tl.c
 @triton.jit
 def params_pointer(arena, h, N, F: tl.constexpr):
     """The first byte of one head's scales (and middles)."""
-    bits: tl.constexpr = F.low + F.high
-    blocks = N.to(tl.int64) // F.t
-    return arena + F.body_offset + N.to(tl.int64) * (F.heads * F.channels) * bits // 8 + h * (
-        blocks * (F.groups * F.params * 2)
-    )
+    tokens = N.to(tl.int64)
+    planes = tokens * (F.heads * F.channels * (F.low + F.high)) // 8
+    return arena + F.body_offset + planes + h * (tokens // F.t * (F.groups * F.params * 2))
 
 
 @triton.jit
@@ -155,12 +153,33 @@ def word_rows(i, BITS: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def load_fields(arena, h, N, i, d, live, BITS: tl.constexpr, BEFORE: tl.constexpr, F: tl.constexpr):
-    """One plane's bits of the body tokens i [n] and channels d [DP], int32 [n, DP]."""
+def load_fields(
+    arena, h, N, i0, encoded, d, BITS: tl.constexpr, BEFORE: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr,
+    F: tl.constexpr,
+):  # fmt: skip
+    """One plane's bits of the body tokens i0 .. i0+BN-1 and channels d [DP], int32 [BN, DP].
+
+    ALIGNED: i0 is a multiple of BN, so a word is loaded once for all of its tokens in the tile.
+    """
     words = typed(plane_pointer(arena, h, N, BITS, BEFORE, F), tl.uint8 if F.word == 8 else tl.uint16)
-    row, field = word_rows(i, BITS, F)
-    word = tl.load(words + row[:, None] * F.channels + d[None, :], mask=live, other=0).to(tl.int32)
-    return (word >> (field * BITS)[:, None]) & ((1 << BITS) - 1)
+    real = (d < F.channels)[None, :]
+    if ALIGNED:
+        SPAN: tl.constexpr = 16 * (F.word // BITS)
+        PART: tl.constexpr = SPAN if SPAN < BN else BN  # tokens of a word group in the tile
+        r = tl.arange(0, BN // PART * 16)
+        token = i0 + r // 16 * PART + r % 16  # the first of those in word row r
+        live = ((token >= 0) & (token < encoded))[:, None] & real
+        row = i0 // SPAN * 16 + r
+        word = tl.load(words + row[:, None] * F.channels + d[None, :], mask=live, other=0).to(tl.int32)
+        shift = (i0 % SPAN // 16 + tl.arange(0, PART // 16)) * BITS
+        word = tl.reshape(word, [BN // PART, 1, 16, d.shape[0]]) >> shift[None, :, None, None]
+        return tl.reshape(word & ((1 << BITS) - 1), [BN, d.shape[0]])
+    else:
+        i = i0 + tl.arange(0, BN)
+        live = ((i >= 0) & (i < encoded))[:, None] & real
+        row, field = word_rows(i, BITS, F)
+        word = tl.load(words + row[:, None] * F.channels + d[None, :], mask=live, other=0).to(tl.int32)
+        return (word >> (field * BITS)[:, None]) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -173,7 +192,7 @@ def fp8_value(byte):
 
 @triton.jit
 def load_params(arena, h, N, i, d, ok, F: tl.constexpr):
-    """Scale and middle (0 if symmetric) of body tokens i [n], fp32 [n, DP], or [n, 1] if one block covers the channels."""
+    """Scale and middle (0 if symmetric) of body tokens i [n], fp32 [n, DP]; [n, 1] if a block covers all channels."""
     start = params_pointer(arena, h, N, F)
     if F.groups == 1:
         cell = (i // F.t)[:, None]
@@ -193,19 +212,21 @@ def load_params(arena, h, N, i, d, ok, F: tl.constexpr):
 
 @triton.jit
 def load_body(
-    arena, h, N, i0, encoded, d, ONE_BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, F: tl.constexpr
+    arena, h, N, i0, encoded, d, ALIGNED: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, F: tl.constexpr
 ):
     """The decoded body tokens i0 .. i0+BN-1, fp32 [BN, DP]; unspecified outside [0, encoded).
 
-    ONE_BLOCK: all of them lie in one block of t tokens.
+    ALIGNED: i0 is a multiple of BN.
     """
+    ONE_BLOCK: tl.constexpr = ALIGNED and (F.t > 0) and (F.t % BN == 0)  # one scale block holds the tile
     i = i0 + tl.arange(0, BN)
     ok = (i >= 0) & (i < encoded)
     live = ok[:, None] & (d < F.channels)[None, :]
     if F.kind == INT:
-        code = load_fields(arena, h, N, i, d, live, F.low, 0, F)
+        code = load_fields(arena, h, N, i0, encoded, d, F.low, 0, ALIGNED, BN, F)
         if F.high > 0:
-            code = code | (load_fields(arena, h, N, i, d, live, F.high, F.low, F) << F.low)
+            high = load_fields(arena, h, N, i0, encoded, d, F.high, F.low, ALIGNED, BN, F)
+            code = code | (high << F.low)
         x = code.to(tl.float32) - F.doubled * 0.5
     else:
         start = plane_pointer(arena, h, N, F.low, 0, F)
@@ -236,7 +257,7 @@ def load_new(new, stride, j0, n, d, BN: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def load_tokens(
-    arena, new, stride, h, N, length, encoded, total, p0, d, ONE_BLOCK: tl.constexpr, BN: tl.constexpr, F: tl.constexpr
+    arena, new, stride, h, N, length, encoded, total, p0, d, ALIGNED: tl.constexpr, BN: tl.constexpr, F: tl.constexpr
 ):
     """The tokens at any positions p0 .. p0+BN-1: sink, body, ring, or new from `length` on; fp32 [BN, DP].
 
@@ -250,7 +271,7 @@ def load_tokens(
     source = tl.where(p < length, stored, new + (p - length).to(tl.int64) * stride)
     live = exact[:, None] & (d < F.channels)[None, :]
     x = tl.load(source[:, None] + d[None, :], mask=live, other=0.0).to(tl.float32)
-    y = load_body(arena, h, N, p0 - F.sink, encoded, d, ONE_BLOCK, BN, DTYPE, F)
+    y = load_body(arena, h, N, p0 - F.sink, encoded, d, ALIGNED, BN, DTYPE, F)
     return tl.where(body[:, None], y, x)
 
 
@@ -279,7 +300,7 @@ def fp8_bits(x):
 
 @triton.jit
 def quantise(x, scale, middle, F: tl.constexpr):
-    """Codes of x, int32; scale and middle (fp32) broadcast against it."""
+    """Codes of x, int32; scale and middle (fp32) broadcast against it. A block of equal values has scale 0."""
     if F.params == 2:
         x = x - middle
     if F.params > 0:

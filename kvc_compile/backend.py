@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
-from kvc_compile.bound import Bound
+from kvc_compile.analyse import analyse
+from kvc_compile.bound import Bound, owner_of
 from kvc_compile.doors import install
 from kvc_compile.dump import Trail
-from kvc_compile.handle import CacheHandle
-from kvc_compile.layout import Layout
 from kvc_compile.passes.fx import duplicate, value
-from kvc_compile.passes.recognise import Match, legal, recognise
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
-from kvc_compile.plan import make_plan
-from kvc_compile.report import Compile, remember, warn_declined
+from kvc_compile.report import Compile, places_of, remember, warn_declined
 from kvc_compile.request import Request
 
 
@@ -31,13 +27,9 @@ def kvc(gm: GraphModule, example_inputs: list[Any], *, options: Any = None, mode
 def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     """Recognise, plan, rewrite, lower. `gm` itself stays as it is: Dynamo reads it again afterwards."""
     gm = duplicate(gm)
-    found = legal(gm, recognise(gm), example_inputs)
-    matches = [m for m in found if isinstance(m, Match)]
-    device = "cuda" if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs) else "cpu"
-    existing = {c: Layout.parse(k) for m in matches for c, k in handles(m).items()}
-    plan = make_plan([m.site if isinstance(m, Match) else m for m in found], request.spec, device, existing)
-    trail = Trail(request, gm, plan)
-    compiled = remember(Compile(request, plan))
+    matches, plan = analyse(gm, example_inputs, request)
+    trail = Trail(request, gm, plan, example_inputs)
+    compiled = remember(Compile(request, plan, places_of(gm, plan), {owner_of(example_inputs)}))
     warn_declined(plan, request)
     rewritten = rewrite(gm, matches, plan)
     verify(gm, plan)
@@ -45,17 +37,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     inputs = [value(p) if any(i.index == n for i in rewritten.inputs) else x
               for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))]
     lowered = lower(gm, inputs, request, births=rewritten.births)
-    return Bound(lowered, rewritten, compiled.called) if matches else lowered
-
-
-def handles(m: Match) -> dict[str, str]:
-    """Layouts of the buffers of a match that are compressed already."""
-    out = {}
-    for c, record in ((m.key, m.site.key), (m.value, m.site.value)):
-        v = value(getattr(c, "past", None) or c.node)
-        if isinstance(v, CacheHandle):
-            out[record.buffer] = v.layout_key
-    return out
+    return Bound(lowered, rewritten, compiled.called) if plan.entries else lowered
 
 
 def lower(gm: GraphModule, inputs: list[Any], request: Request, births: bool):

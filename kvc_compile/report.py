@@ -1,34 +1,87 @@
-"""Placeholder for the report: see `Report`."""
+"""What became of every attention: compressed, and how, or declined, and why.
+
+`report()` speaks of the last compile, `report(model)` of a model. A model is usually several graphs (prefill, decode,
+recompiles); the report has one record per attention, merged over the graphs that hold it.
+
+What is remembered of a compile are names and layouts, never a graph or a model. A record lives as long as its compiled
+graph does; of those that are gone the last few are kept, so that a compile that failed can still be asked about.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass, field
+import re
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from kvc_compile.plan import Plan
+import torch
+from torch.fx import GraphModule, Node
+
+from kvc_compile import handle
+from kvc_compile.layout import Layout
+from kvc_compile.plan import Plan, SitePlan
 from kvc_compile.request import Request
+from kvc_compile.sites import Declined
+from kvc_compile.table import layers_text, mib, ratio, table
 
 log = logging.getLogger("kvc_compile")
 
+TOKENS = 4096  # of the bytes that are shown where nobody asks for a number
+KEPT = 64  # records kept of graphs that are gone
+ORPHAN = "no parameters"  # the owner of graphs that take none: see `bound.owner_of`
+_numbers = itertools.count()
 
-@dataclass
+
+# ---------------------------------------------------------------- what is remembered
+
+
+@dataclass(eq=False)
 class Compile:
-    """One compiled graph: what was asked, what was planned, and which models called it."""
+    """One compiled graph: what was asked, what was planned, and which models called it.
+
+    places: the module path of each attention of the plan, "" where the graph does not say (see `places_of`).
+    """
 
     request: Request
     plan: Plan
+    places: tuple[str, ...] = ()
     owners: set[str] = field(default_factory=set)
+    number: int = field(default_factory=lambda: next(_numbers))
 
     def called(self, owner: str) -> None:
         self.owners.add(owner)
 
 
-_compiles: list[Compile] = []
+_recent: deque[Compile] = deque(maxlen=KEPT)
+_alive: weakref.WeakSet[Compile] = weakref.WeakSet()
 
 
 def remember(c: Compile) -> Compile:
-    _compiles.append(c)
+    _recent.append(c)
+    _alive.add(c)
     return c
+
+
+def remembered() -> list[Compile]:
+    """Every compile that is known, oldest first."""
+    return sorted(_alive, key=lambda c: c.number)
+
+
+def places_of(gm: GraphModule, plan: Plan) -> tuple[str, ...]:
+    """Where each attention of the plan lies in the model: `model.layers.3.self_attn`. Ask before the rewrite."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    names = (e.site.node if isinstance(e, SitePlan) else e.node for e in plan.entries)
+    return tuple(_place(nodes.get(name)) for name in names)
+
+
+def _place(node: Node | None) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values()) if node is not None else []
+    path = re.sub(r"(?:\._modules)?\['?(\w+)'?\]", r".\1", str(stack[-1][0])) if stack else ""
+    return re.sub(r"^L\.?\w*\.?", "", path)
 
 
 class DeclinedError(RuntimeError):
@@ -45,7 +98,273 @@ def warn_declined(plan: Plan, request: Request) -> None:
     lines = [f"attention {d.index} ({d.where}): {d.reason}" for d in plan.declined]
     if request.strict:
         raise DeclinedError("not compressed, and strict is set:\n  " + "\n  ".join(lines))
+    if len(_warned) > 1000:  # reasons name nodes, so there is no end to them
+        _warned.clear()
     for d, line in zip(plan.declined, lines, strict=True):
         if d.reason not in _warned:
             _warned.add(d.reason)
             log.warning("kvc leaves an attention uncompressed: %s", line)
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An attention in the graphs of one kind.
+
+    kind: how that graph holds the cache ("born", "static", "grown", "fresh": see `sites.CacheTensor`), "" if none is
+    known. graphs: how many graphs agree on all of this.
+    """
+
+    kind: str
+    status: str
+    reason: str
+    graphs: int = 1
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention of the model.
+
+    status: "compressed", or "declined" if any of its graphs declines it; `mixed` if others compress it all the same.
+    keys, values: `Layout.key` of what is stored, "" if nothing is. shared: the cache is another attention's and
+    counted there. where: the user's source line.
+    """
+
+    layer: int
+    module: str
+    status: str
+    reason: str
+    pattern: str
+    keys: str
+    values: str
+    shared: bool
+    where: str
+    seen: tuple[Seen, ...]
+
+    @property
+    def mixed(self) -> bool:
+        return len({s.status for s in self.seen}) > 1
+
+    @property
+    def layout(self) -> str:
+        """How the cache is stored, in words; "" if it is not compressed anywhere."""
+        if not self.keys:
+            return ""
+        k, v = words(Layout.parse(self.keys)), words(Layout.parse(self.values))
+        return k if k == v else f"keys {k}; values {v}"
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    layer: int
+    compressed: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Planned bytes of the compressed caches; `uncounted` attentions are declined and of unknown size."""
+
+    tokens: int
+    batch: int
+    compressed: int
+    dense: int
+    layers: tuple[LayerBytes, ...]
+    uncounted: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of arenas that are alive now: in all, and by (layer, "keys" or "values")."""
+
+    total: int
+    tensors: dict[tuple[int, str], int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every attention of some graphs. note: why there is nothing to say, if so."""
+
+    spec: str
+    digest: str
+    graphs: int
+    sites: tuple[SiteReport, ...]
+    owners: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def declined(self) -> tuple[SiteReport, ...]:
+        return tuple(s for s in self.sites if s.status == "declined")
+
+    def bytes(self, tokens: int = TOKENS, batch: int = 1) -> Bytes:
+        """Bytes of all compressed caches with room for `tokens` tokens of `batch` sequences. A cache of no fixed length
+        is allocated in steps and holds up to `plan.SLACK` tokens more."""
+        if tokens < 1 or batch < 1:
+            raise ValueError(f"tokens and batch are 1 or more, got {tokens} and {batch}")
+        by: dict[int, tuple[int, int]] = {}
+        for s in self.sites:
+            for key in (s.keys, s.values):
+                if key and not s.shared:
+                    layout, (c, d) = Layout.parse(key), by.get(s.layer, (0, 0))
+                    by[s.layer] = c + batch * layout.row_bytes(tokens), d + batch * layout.dense_bytes(tokens)
+        layers = tuple(LayerBytes(n, c, d) for n, (c, d) in sorted(by.items()))
+        compressed, dense = (sum(getattr(x, name) for x in layers) for name in ("compressed", "dense"))
+        return Bytes(tokens, batch, compressed, dense, layers, sum(not s.keys for s in self.sites))
+
+    def held(self) -> Held:
+        """Bytes of the model's compressed caches that are alive at this moment."""
+        by: dict[tuple[int, str], int] = {}
+        for owner in self.owners:
+            for key, n in handle.held(owner).items():
+                by[key] = by.get(key, 0) + n
+        return Held(sum(by.values()), dict(sorted(by.items())))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data. Of a given state of the program it is always the same."""
+        planned, held = self.bytes(), self.held()
+        sites = [asdict(s) | {"seen": [asdict(x) for x in s.seen]} for s in self.sites]
+        for data, s in zip(sites, self.sites, strict=True):
+            data |= {"layout": s.layout, "mixed": s.mixed}
+        return {
+            "version": 1,
+            "spec": {"name": self.spec, "digest": self.digest},
+            "graphs": self.graphs,
+            "note": self.note,
+            "sites": sites,
+            "bytes": asdict(planned) | {"layers": [asdict(x) for x in planned.layers]},
+            "held": {"total": held.total, "tensors": [[n, role, size] for (n, role), size in held.tensors.items()]},
+        }
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, tokens: int = TOKENS, batch: int = 1) -> str:
+        """A table of at most 100 columns, with bytes for these sizes; layers that are treated alike share a line."""
+        if self.note:
+            return f"kvc: {self.note}"
+        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        lines = [f"kvc: spec {self.spec} ({self.digest}), {len(self.sites)} attentions in {graphs}", ""]
+        rows = []
+        for cells, run in itertools.groupby(self.sites, key=_cells):
+            rows.append((layers_text([s.layer for s in run]), *cells))
+        lines += table([("layers", "status", "seen in", "stored as, or why not"), *rows])
+        b = self.bytes(tokens, batch)
+        if b.dense:
+            saved = f"{mib(b.compressed)} instead of {mib(b.dense)} ({ratio(b.dense, b.compressed)})"
+            held = f" Held now: {mib(self.held().total)}." if self.owners else ""
+            lines += ["", f"Planned for {tokens} tokens, batch {batch}: {saved}.{held}"]
+        if b.uncounted:
+            lines.append(f"Not counted: {b.uncounted} attentions that are not compressed.")
+        return "\n".join(lines)
+
+
+def _cells(s: SiteReport) -> tuple[str, str, str]:
+    """A site's cells in the table, the layer excepted."""
+    kinds = dict.fromkeys(x.kind or "other" for x in s.seen)
+    said = s.reason + (f"; where compressed: {s.layout}" if s.mixed else "") if s.reason else s.layout
+    if s.status == "declined" and s.where:
+        said += f" ({s.where})"
+    return "mixed" if s.mixed else s.status, ", ".join(kinds), said + (", shared" if s.shared else "")
+
+
+def words(layout: Layout) -> str:
+    """A layout for people: "int4, scale and middle per 32 tokens x 1 channel, first 4 and last 64 tokens exact"."""
+    c = layout.codec
+    if c.kind == "raw":
+        return f"{layout.dtype} as it is"
+    said = "fp8 (e4m3)" if c.kind == "fp" else f"int{c.bits}"
+    if c.block != (0, 0):
+        unit = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in zip(c.block, ("token", "channel"), strict=True)]
+        said += f", {'scale and middle' if c.zero_point else 'scale'} per {unit[0]} x {unit[1]}"
+    exact = [f"{end} {n}" for end, n in (("first", layout.sink), ("last", layout.recent)) if n]
+    return said + (f", {' and '.join(exact)} tokens exact" if exact else "")
+
+
+# ---------------------------------------------------------------- from compiles to reports
+
+
+def report(model: torch.nn.Module | None = None) -> Report:
+    """What became of every attention of `model`, or of what was compiled last. Where a model was compiled with several
+    specs, the last one counts."""
+    if model is None:
+        known = remembered()
+        if not known:
+            return empty("nothing was compiled with backend 'kvc' yet")
+        owners = known[-1].owners
+    elif isinstance(model, torch.nn.Module):
+        parameters = list(model.parameters())
+        marks = (getattr(p, "kvc_owner", None) for p in parameters)
+        owners = {m for m in marks if m is not None} if parameters else {ORPHAN}
+        known = [c for c in remembered() if c.owners & owners]
+        if not known:
+            return empty("no graph of this model was compiled with backend 'kvc': compile the model and call it first")
+    else:
+        raise TypeError(f"report takes a torch.nn.Module, got {type(model).__name__}")
+    last = known[-1]
+    return of([c for c in known if c is last or (c.request == last.request and c.owners & owners)], owners)
+
+
+def empty(note: str) -> Report:
+    return Report("", "", 0, (), (), note)
+
+
+def of(compiles: Iterable[Compile], owners: Iterable[str] = ()) -> Report:
+    """The report of some graphs of one model and request; `owners` are those whose memory it counts."""
+    group = list(compiles)
+    spec = group[-1].request.spec
+    found: dict[tuple, list[tuple[SitePlan | Declined, str, bool, str]]] = {}
+    for c in group:
+        places = c.places or ("",) * len(c.plan.entries)
+        kinds = {e.site.key.kind for e in c.plan.planned}
+        usual = kinds.pop() if len(kinds) == 1 else ""
+        ordinal: dict[tuple, int] = {}
+        buffers: set[str] = set()
+        for e, place in zip(c.plan.entries, places, strict=True):
+            # The same attention has the same place in every graph. Where the place names no layer (a layer that is
+            # compiled by itself), the cache's name may; else the order of attention has to do.
+            layer = None if _number(place) is not None else e.site.layer if isinstance(e, SitePlan) else e.index
+            n = ordinal[place, layer] = ordinal.get((place, layer), -1) + 1
+            shared = isinstance(e, SitePlan) and e.site.key.buffer in buffers
+            if isinstance(e, SitePlan):
+                buffers.add(e.site.key.buffer)
+            kind = e.site.key.kind if isinstance(e, SitePlan) else usual
+            found.setdefault((place, layer, n), []).append((e, place, shared, kind))
+    sites = tuple(_merge(entries) for entries in found.values())
+    note = "" if sites else "no attention was found in what was compiled"
+    return Report(spec.name, spec.digest, len(group), sites, tuple(sorted(owners)), note)
+
+
+def _number(place: str) -> int | None:
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", place)
+    return int(numbers[-1]) if numbers else None
+
+
+def _merge(entries: list[tuple[SitePlan | Declined, str, bool, str]]) -> SiteReport:
+    """One record of one attention from all the graphs that hold it; the newest layout counts."""
+    seen: dict[tuple[str, str, str], int] = {}
+    for e, _, _, kind in entries:
+        key = (kind, "compressed", "") if isinstance(e, SitePlan) else (kind, "declined", e.reason)
+        seen[key] = seen.get(key, 0) + 1
+    reasons = dict.fromkeys(e.reason for e, *_ in entries if isinstance(e, Declined))
+    stored = [(e, shared) for e, _, shared, _ in entries if isinstance(e, SitePlan)]
+    first, place = entries[0][:2]
+    layer = stored[0][0].site.layer if stored else _number(place)
+    plan = stored[-1][0] if stored else None
+    reason = "; ".join(reasons)
+    if reasons and plan is not None:
+        n, total = sum(isinstance(e, Declined) for e, *_ in entries), len(entries)
+        reason = f"in {n} of {total} graphs: {reason}"
+    return SiteReport(
+        layer=layer if layer is not None else first.index if isinstance(first, Declined) else first.site.index,
+        module=place,
+        status="declined" if reasons else "compressed",
+        reason=reason,
+        pattern=plan.site.pattern if plan else "",
+        keys=plan.key.key if plan else "",
+        values=plan.value.key if plan else "",
+        shared=stored[-1][1] if stored else False,
+        where=(first.where if isinstance(first, Declined) else first.site.where),
+        seen=tuple(Seen(*key, graphs=n) for key, n in seen.items()),
+    )

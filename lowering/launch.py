@@ -46,7 +46,7 @@ def tile_sizes(rows: int, channels: int, item: int) -> tuple[int, int, int]:
     """(BM, BN, warps) for `rows` query rows a kv head: what fits the registers."""
     wide = channels > 128
     if item == 4:
-        return (16, 16, 4) if wide else (16 if rows <= 16 else 32, 32, 4)
+        return 16, 16 if wide else 32, 8
     bm = min(max(16, triton.next_power_of_2(rows)), 64)
     return bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8
 
@@ -73,6 +73,7 @@ def attend(
     k_new: Tensor,
     v_new: Tensor,
     mask: Tensor | None,
+    positions: Tensor | None,
     causal: bool,
     scale: float,
     k_layout: Layout,
@@ -108,12 +109,12 @@ def attend(
         lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     with on(q.device):
         T.attend_split[tiles, batch * k_form.heads, splits](
-            q, k_new, v_new, view, parts, lse, k_data, v_data, scale, n, splits,
+            q, k_new, v_new, view, q if positions is None else positions, parts, lse, k_data, v_data, scale, n, splits,
             k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
             k_data.stride(0), v_data.stride(0), 0 if mask is None else mask.shape[3],
             *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
             *([0] * 4 if mask is None else mask_strides(mask)),
-            G=groups, MASK=kind.value, CAUSAL=causal, CHUNK=n >= bn, DIRECT=splits == 1,
+            G=groups, MASK=kind.value, CAUSAL=causal, PLACED=positions is not None, CHUNK=n >= bn, DIRECT=splits == 1,
             BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
             # the interpreter computes bf16 wrongly
             DOT=tl.float32 if interpreted() and q.dtype == torch.bfloat16 else DOT[q.dtype],
@@ -132,35 +133,28 @@ def pad(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def append(data: Tensor, x: Tensor, layout: Layout, start: Tensor | None) -> None:
-    """Store the tokens x [B, H, n, D] at `start` (one number, or one a batch row), or at the end: see
-    `kernels.reference.append`.
-    """
+def append(data: Tensor, x: Tensor, layout: Layout, positions: Tensor | None) -> None:
+    """Store the tokens x [B, H, n, D] from positions[0] on, or at the end: see `kernels.reference.append`."""
     batch, heads, n, _ = x.shape
     if n == 0:
         return
     f = form(layout)
     x = inner_contiguous(x, getattr(torch, layout.dtype))
     capacity = layout.capacity_of(data.shape[1])
-    begin = data if start is None else start
-    step = 0 if start is None or start.numel() == 1 else start.stride(0)
-    has = start is not None
+    at, placed = (data, False) if positions is None else (positions, True)
     tile = {"GP": triton.next_power_of_2(f.groups), "CP": triton.next_power_of_2(min(f.c, f.channels))}
     channels = triton.next_power_of_2(f.channels)
-    place = (data.stride(0), step, x.stride(0), x.stride(1))
+    rows, source = data.stride(0), x.stride()[:3]
     with on(data.device):
         if n == 1:
             A.append_token[batch * heads,](
-                data, x, begin, *place, capacity, HAS_START=has, **tile, DP=channels, F=f, num_warps=4
+                data, x, at, rows, *source[:2], capacity, PLACED=placed, **tile, DP=channels, F=f, num_warps=4
             )
             return
-        grid = A.pieces(f, n), batch * heads
-        A.append_encode[grid](
-            data, x, begin, *place, x.stride(2), capacity, n, HAS_START=has, **tile, F=f, num_warps=4
+        A.append_encode[A.pieces(f, n), batch * heads](
+            data, x, at, rows, *source, capacity, n, PLACED=placed, **tile, F=f, num_warps=4
         )
         A.append_store[triton.cdiv(n, STORE), batch * heads](
-            data, x, begin, *place, x.stride(2), capacity, n, HAS_START=has, TOKENS=STORE, DP=channels, F=f, num_warps=4
+            data, x, at, rows, *source, capacity, n, PLACED=placed, TOKENS=STORE, DP=channels, F=f, num_warps=4
         )
-        A.append_commit[batch * heads,](
-            data, begin, *place[:2], capacity, n, HAS_START=has, F=f, num_warps=1
-        )
+        A.append_commit[batch * heads,](data, at, rows, capacity, n, PLACED=placed, F=f, num_warps=1)

@@ -60,7 +60,7 @@ def as_text(spec: Spec, refused: NotImplementedInSpec | None) -> str:
     lines = [f"{spec.name} ({spec.digest})", "", *("  " + line for line in spec.to_yaml().splitlines()), ""]
     if refused:
         return "\n".join([*lines, "Well formed, but not implemented yet:", *(f"  {path}" for path in refused.paths)])
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for scope, side, tensor in tensors_of(spec):
         rows.append((scope if len(scope) <= 24 else scope[:21] + "...", side.upper(), *cells(tensor)))
     lines += table(rows)

@@ -31,6 +31,8 @@ def show(value: object, limit: int = 60) -> str:
         text = "a mapping with " + (", ".join(show(str(key))[1:-1] for key in list(value)[:4]) or "no keys")
     elif isinstance(value, (list, tuple)):
         text = f"a list of {len(value)}"
+    elif isinstance(value, int) and abs(value) >= 1 << 64:
+        text = "an integer beyond 64 bits"  # Python refuses to print the largest
     else:
         text = ascii(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -14,13 +14,12 @@ _KINDS = frozenset(("int", "fp", "levels", "lut", "vq"))
 
 
 def merge(base: Any, over: Any) -> Any:
-    """`over` laid over `base`, key by key. A codec of another kind replaces the whole codec."""
+    """`over` laid over `base`, key by key; parts are shared, not copied. A codec of another kind replaces it whole."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
-        return copy.deepcopy(over)
+        return over
     if _KINDS & over.keys() and _KINDS & base.keys() != _KINDS & over.keys():
-        return copy.deepcopy(over)
-    out = {key: over[key] if key not in base else merge(base[key], over[key]) for key in over}
-    return copy.deepcopy({**base, **out})
+        return over
+    return {**base, **{key: merge(base[key], over[key]) if key in base else over[key] for key in over}}
 
 
 def scoped(base: Data, fragment: Data) -> Data:
@@ -52,7 +51,7 @@ def _fragment(fragment: Data, path: Path, ctx: Context, base: bool) -> Data:
     if "kv" in out and "joint" not in out["kv"].get("basis", {}):
         both = out.pop("kv")
         for side in ("k", "v"):
-            out[side] = merge(both, out.get(side, {}))
+            out[side] = copy.deepcopy(merge(both, out.get(side, {})))
     _bits(fragment, out, path, ctx)
     _rank_and_share(fragment, out, path, ctx)
     if "budget" in fragment:

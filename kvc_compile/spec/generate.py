@@ -80,8 +80,8 @@ for those layers, key by key; a codec of another kind (`fp` over `int`) replaces
 one range at most, and a range that the model does not have is an error.
 
 **Short form.** `bits: b` stands for `{int: b}` with blocks %(k)s for keys and %(v)s for values and, if `tokens` is
-absent, `tokens: %(tokens)s`; 16 stands for the model's dtype. `budget`, `rank` and `share` stand for `keep`, `basis`
-and `ref`. `kvc check` shows the expansion. A key and its short form cannot both be given.
+absent, `tokens: %(tokens)s`; 16 stands for the model's dtype. `budget`, `rank` and `share` stand for `keep`,
+`basis` and `ref`. `kvc check` shows the expansion. A key and its short form cannot both be given.
 
 **Status.** What is not implemented yet is still checked, and then refused by name. In the tables, *checked* and a star
 after a value say so.

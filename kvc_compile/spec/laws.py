@@ -19,8 +19,9 @@ def check(spec: Data, ctx: Context, path: Path = ()) -> None:
     ranges.check(names, (*path, "layers"), ctx)
     _kv_of(spec, path, ctx)
     for where, fragment in scopes(spec, path):
+        own = {key: part for key, part in fragment.items() if fragment is spec or part is not spec.get(key)}
+        _codecs(own, where, spec.get("calib", {}), ctx)
         _fragment(fragment, where, ctx)
-        _codecs(fragment, where, spec.get("calib", {}), ctx)
     _codecs(spec.get("regions", {}), (*path, "regions"), spec.get("calib", {}), ctx)
     regions = (*schema.BUILT_IN_REGIONS, *spec.get("regions", {}), *(["prefix"] if "prefix" in spec else []))
     for i, name in enumerate(spec.get("attend", {}).get("split", [])):

@@ -24,6 +24,7 @@ MAX_BYTES = 64 * 1024
 MAX_DEPTH = 24
 MAX_NODES = 4096
 MAX_SCALAR = 2000  # characters
+MAX_KEY = 100  # characters; from 128 on YAML writes a key in another way
 MAX_INT = 2**63 - 1
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
@@ -243,7 +244,7 @@ def _key(node: Node, file: str | None, path: Path) -> str:
     value = node.value
     if type(value) is int and abs(value) <= MAX_INT:
         return str(value)
-    if type(value) is not str or not 0 < len(value) <= 200:
+    if type(value) is not str or not 0 < len(value) <= MAX_KEY:
         found = show(value) if value is None or type(value) in (bool, int, float, str) else type(value).__name__
         raise SpecError(
             "not a key",
@@ -251,7 +252,7 @@ def _key(node: Node, file: str | None, path: Path) -> str:
             line=node.line,
             path=show_path(path),
             found=found,
-            allowed="a word of up to 200 characters",
+            allowed=f"a word of up to {MAX_KEY} characters",
         )
     if value == "<<":
         raise SpecError("merge keys are not allowed", file=file, line=node.line, path=show_path(path))
@@ -270,8 +271,7 @@ def _limited(value: Any, file: str | None, line: int | None, path: Path) -> Any:
     elif type(value) is str and any(0xD800 <= ord(c) <= 0xDFFF or c == "\0" for c in value):
         problem = "contains a character that is not valid text"
     if problem:
-        found = "an integer beyond 64 bits" if type(value) is int else show(value)
-        raise SpecError(problem, file=file, line=line, path=show_path(path), found=found)
+        raise SpecError(problem, file=file, line=line, path=show_path(path), found=show(value))
     return value
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -21,6 +22,8 @@ from .grammar import Context
 from .schema import SPEC
 from .source import Node
 from .tensors import LayerSpec, TensorSpec, tensor_of
+
+LINE = 80  # characters: what is longer is written over several lines
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,7 @@ class Spec:
 
     def to_yaml(self) -> str:
         """The full form as YAML; loading it gives an equal spec."""
-        text: str = yaml.safe_dump(self.expanded(), sort_keys=False, default_flow_style=None, width=100)
-        return text
+        return "".join(line + "\n" for line in _yaml(self.expanded(), ""))
 
     def require_implemented(self) -> None:
         """Raises NotImplementedInSpec if anything here is only checked so far, naming the key paths."""
@@ -140,6 +142,22 @@ def presets() -> tuple[str, ...]:
 def preset_text(name: str) -> str:
     """The YAML of a preset, with its comments."""
     return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _yaml(data: dict[str, Any], indent: str) -> Iterator[str]:
+    """A mapping as YAML lines: what fits a line is on one line."""
+    for key, value in data.items():
+        line = indent + _flow({key: value})[1:-1]
+        if isinstance(value, dict) and len(line) > LINE:
+            yield f"{indent}{_flow(key)}:"
+            yield from _yaml(value, indent + "  ")
+        else:
+            yield line
+
+
+def _flow(value: Any) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").removesuffix("\n")
 
 
 def _folder() -> Any:

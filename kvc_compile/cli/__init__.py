@@ -1,0 +1,1 @@
+"""The command line, `kvc`: a module for each subcommand, with `add_parser(subparsers)` and `run(args) -> exit code`."""

@@ -1,0 +1,225 @@
+"""Attention by kernel equals the reference, for every codec, mask and shape, and at every length."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kvc_compile.kernels import reference
+from kvc_compile.lowering import launch
+
+from .caches import error, filled, keys, layout, values
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # masks of -3e38, in the interpreter
+TOLERANCE = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
+
+
+def make_mask(kind: str, batch: int, heads: int, n: int, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """A random mask [b, h, n, W] that is wider than the cache and hides what lies beyond it."""
+    total = length + n
+    if kind in ("none", "causal"):
+        return None
+    shape = (1 if "1b" in kind else batch, heads if "h" in kind else 1, n, total + 3)
+    seen = torch.rand(shape) > 0.4
+    seen[..., total:] = False
+    if kind.startswith("bool"):
+        return seen
+    hidden = -torch.inf if "inf" in kind else torch.finfo(dtype).min
+    return torch.where(seen, torch.randn(shape), hidden).to(dtype)
+
+
+# keys, values, dtype, word, Dk, Dv, batch, kv heads, groups, cached, new, mask, splits
+CASES = [
+    # decode
+    ("int8z.64x1", "int8z.1x16", "float16", 8, 16, 16, 2, 2, 1, 150, 1, "none", 1),
+    ("int4z.64x1", "int4z.1x64", "float16", 16, 64, 64, 1, 2, 4, 200, 1, "causal", 3),
+    ("int4z.64x1", "int2z.1x128", "bfloat16", 8, 128, 128, 1, 1, 7, 200, 1, "bool", 2),
+    ("int3z.32x1", "int3z.1x24", "float32", 16, 40, 40, 2, 1, 2, 140, 1, "add_inf", 2),
+    ("int2z.16x1", "int1z.1x32", "float32", 16, 32, 32, 1, 1, 3, 300, 1, "bool_h", 4),
+    ("int1z.64x1", "int4.1x16", "float32", 8, 16, 16, 1, 2, 1, 170, 1, "add_h", 2),
+    ("int4.64x1", "int8.1x80", "float16", 8, 80, 80, 1, 1, 2, 150, 1, "none", 2),
+    ("int4z.32x8", "int4z.32x16", "float32", 16, 24, 40, 1, 2, 2, 130, 1, "causal", 2),
+    ("fp8", "fp8", "bfloat16", 8, 64, 64, 2, 1, 2, 100, 1, "none", 2),
+    ("fp8.64x1", "fp8.1x96", "float32", 8, 96, 96, 1, 1, 2, 150, 1, "bool", 2),
+    ("raw", "raw", "float16", 8, 80, 64, 1, 2, 2, 100, 1, "add", 3),
+    ("raw", "int4z.1x64", "float32", 8, 16, 64, 1, 1, 20, 100, 1, "causal", 2),
+    ("int8z.128x1", "raw", "float16", 16, 256, 256, 1, 1, 2, 300, 1, "causal", 2),
+    # chunks
+    ("int8z.64x1", "int4z.1x16", "float32", 8, 16, 16, 1, 1, 2, 150, 33, "causal", 2),
+    ("int4z.64x1", "int8z.1x32", "bfloat16", 16, 32, 32, 2, 1, 1, 140, 20, "bool_1b", 1),
+    ("int2z.64x1", "int2z.1x16", "float16", 8, 16, 16, 1, 2, 3, 150, 70, "causal", 1),
+    ("int3z.16x1", "int1.1x16", "float32", 8, 16, 16, 1, 1, 5, 90, 9, "add_h", 2),
+    ("fp8", "raw", "float16", 8, 16, 32, 1, 1, 1, 70, 65, "none", 2),
+    ("fp8.1x16", "int3.1x16", "float32", 16, 16, 16, 1, 2, 1, 100, 5, "bool_h", 2),
+    ("raw", "raw", "bfloat16", 8, 16, 16, 1, 1, 2, 60, 70, "add_1b", 2),
+    # an empty cache, one that is all sink, one with nothing encoded
+    ("int4z.64x1", "int4z.1x16", "float32", 8, 16, 16, 1, 1, 2, 0, 70, "causal", 2),
+    ("int4z.64x1", "int4z.1x16", "float16", 8, 16, 16, 1, 2, 2, 0, 1, "none", 2),
+    ("int4z.64x1", "int4z.1x16", "float32", 8, 16, 16, 1, 2, 2, 3, 2, "causal", 2),
+    ("int4z.64x1", "int4z.64x1", "float32", 8, 16, 16, 1, 2, 2, 40, 1, "bool", 2),
+]
+
+
+@pytest.mark.parametrize("k, v, dtype, word, dk, dv, batch, heads, groups, cached, n, mask, splits", CASES)
+def test_attention_equals_the_reference(
+    device, k, v, dtype, word, dk, dv, batch, heads, groups, cached, n, mask, splits
+):
+    kl, vl = layout(k, heads, dk, dtype, word), layout(v, heads, dv, dtype, 24 - word, recent=70)
+    kx, vx = keys(batch, heads, cached + n, dk, dtype), values(batch, heads, cached + n, dv, dtype)
+    ka, va = filled(cached, cached + n + 40, kx, kl), filled(cached, cached + n + 40, vx, vl)
+    q = values(batch, heads * groups, n, dk, dtype)
+    new = kx[:, :, cached:], vx[:, :, cached:]
+    window = make_mask(mask, batch, heads * groups, n, cached, q.dtype)
+    rest = (None, mask == "causal", dk**-0.5 / 2, kl, vl)
+    expected = reference.attend(q, ka, va, *new, window, *rest)
+    on_device = [x if x is None else x.to(device) for x in (q, ka, va, *new, window)]
+    out = launch.attend(*on_device, *rest, splits=splits)
+    assert out.dtype == q.dtype and out.shape == expected.shape
+    assert error(out, expected) < TOLERANCE[dtype]
+
+
+def pair(cached: int, n: int, sink: int = 4, v_sink: int = 4):
+    """A cache of `cached` tokens in float32, queries for n more, and the layouts."""
+    kl, vl = layout("int8z.32x1", 1, 16, "float32", sink=sink), layout("int4z.1x16", 1, 16, "float32", sink=v_sink)
+    kx, vx = keys(2, 1, cached + n, 16, "float32"), values(2, 1, cached + n, 16, "float32")
+    arenas = filled(cached, cached + n + 40, kx, kl), filled(cached, cached + n + 40, vx, vl)
+    return values(2, 2, n, 16, "float32"), *arenas, kx[:, :, cached:], vx[:, :, cached:], kl, vl
+
+
+@pytest.mark.parametrize("start", (100, 90, 50, 4, 2, 0))
+def test_positions_before_the_end_hide_what_follows_them(device, start):
+    q, ka, va, kn, vn, kl, vl = pair(100, 3)
+    expected = reference.attend(q, ka, va, kn, vn, None, start, True, 0.2, kl, vl)
+    positions = torch.arange(start, start + 3, device=device)
+    inputs = [x.to(device) for x in (q, ka, va, kn, vn)]
+    out = launch.attend(*inputs, None, positions, True, 0.2, kl, vl, splits=2)
+    assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("sinks", ((0, 0), (7, 7), (4, 0), (0, 37)))
+def test_any_sinks(device, sinks):
+    q, ka, va, kn, vn, kl, vl = pair(110, 2, *sinks)
+    expected = reference.attend(q, ka, va, kn, vn, None, None, True, 0.2, kl, vl)
+    inputs = [x.to(device) for x in (q, ka, va, kn, vn)]
+    assert error(launch.attend(*inputs, None, None, True, 0.2, kl, vl, splits=3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+def test_rows_that_see_nothing_are_zero(device, splits):
+    q, ka, va, kn, vn, kl, vl = pair(60, 2)
+    seen = torch.rand(2, 1, 2, 62) > 0.5
+    seen[0, 0, 1] = False
+    expected = reference.attend(q, ka, va, kn, vn, seen, None, False, 0.2, kl, vl)
+    inputs = [x.to(device) for x in (q, ka, va, kn, vn, seen)]
+    out = launch.attend(*inputs, None, False, 0.2, kl, vl, splits=splits)
+    assert error(out, expected) < 1e-5
+    assert not out[0, :, 1].any()
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+@pytest.mark.parametrize("misuse", ("fault", "lengths", "start", "mask"))
+def test_a_misused_cache_gives_nan(device, misuse, splits):
+    q, ka, va, kn, vn, kl, vl = pair(60, 1)
+    mask = positions = None
+    header = reference.views(va, vl).header
+    if misuse == "fault":
+        header[..., reference.FAULT] = 1
+    elif misuse == "lengths":
+        header[..., reference.LENGTH] = 59
+    elif misuse == "start":
+        positions = torch.tensor([61], device=device)
+    else:
+        mask = torch.ones(1, 1, 1, 60, dtype=torch.bool, device=device)
+    inputs = [x.to(device) for x in (q, ka, va, kn, vn)]
+    assert launch.attend(*inputs, mask, positions, True, 0.2, kl, vl, splits=splits).isnan().all()
+
+
+def test_strided_inputs(device):
+    q, ka, va, kn, vn, kl, vl = pair(60, 4)
+    expected = reference.attend(q, ka, va, kn, vn, None, None, True, 0.2, kl, vl)
+    q, kn, vn = (x.to(device).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, kn, vn))
+    out = launch.attend(q, ka.to(device), va.to(device), kn, vn, None, None, True, 0.2, kl, vl, splits=2)
+    assert error(out, expected) < 1e-5
+
+
+def test_decoding_step_by_step(device):
+    """Attend, then append, as a model does: the kernels' own cache serves every step."""
+    kl, vl = layout("int4z.16x1", 1, 16, "float32"), layout("int2z.1x16", 1, 16, "float32", 16)
+    kx, vx = keys(1, 1, 60, 16, "float32"), values(1, 1, 60, 16, "float32")
+    expected_k, expected_v = filled(0, 60, kx, kl), filled(0, 60, vx, vl)
+    ka, va = expected_k.clone().to(device), expected_v.clone().to(device)
+    at = 0
+    for n in (37, 1, 1, 1, 5, 1, 1):
+        q = values(1, 2, n, 16, "float32")
+        kn, vn = kx[:, :, at : at + n], vx[:, :, at : at + n]
+        expected = reference.attend(q, expected_k, expected_v, kn, vn, None, None, True, 0.2, kl, vl)
+        reference.append(expected_k, kn, kl)
+        reference.append(expected_v, vn, vl)
+        q, kn, vn = (x.to(device) for x in (q, kn, vn))
+        out = launch.attend(q, ka, va, kn, vn, None, None, True, 0.2, kl, vl)
+        launch.append(ka, kn, kl, None)
+        launch.append(va, vn, vl, None)
+        at += n
+        assert error(out, expected) < 1e-5, f"at {at}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_random_configurations(device, seed):
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    t = dice.choice((16, 32, 64, 128))
+    kinds = [f"int{b}{z}" for b in (8, 4, 3, 2, 1) for z in ("z", "")] + ["fp8"]
+    heads, groups, batch = dice.randint(1, 2), dice.randint(1, 5), dice.randint(1, 2)
+    dk, dv = dice.choice((16, 32, 48, 64)), dice.choice((16, 32, 48, 64))
+    dtype, sink = dice.choice(("float32", "float16", "bfloat16")), dice.randint(0, 9)
+    k = f"{dice.choice(kinds)}.{t}x{dice.choice((1, 1, 16, dk))}"
+    v = f"{dice.choice(kinds)}.{dice.choice((1, 1, 16))}x{dice.choice((dv, 16, 24))}"
+    kl, vl = (
+        layout(k, heads, dk, dtype, dice.choice((8, 16)), sink, t + dice.randint(0, 40)),
+        layout(v, heads, dv, dtype, dice.choice((8, 16)), sink, dice.randint(16, 60)),
+    )
+    cached, n = dice.randint(0, 250), dice.choice((1, 1, 3, 20))
+    kx, vx = keys(batch, heads, cached + n, dk, dtype), values(batch, heads, cached + n, dv, dtype)
+    ka, va = filled(cached, cached + n, kx, kl), filled(cached, cached + n, vx, vl)
+    q = values(batch, heads * groups, n, dk, dtype)
+    kind = dice.choice(("none", "causal", "bool", "bool_h", "add", "add_1b"))
+    window = make_mask(kind, batch, heads * groups, n, cached, q.dtype)
+    new = kx[:, :, cached:], vx[:, :, cached:]
+    rest = (None, kind == "causal", dk**-0.5, kl, vl)
+    expected = reference.attend(q, ka, va, *new, window, *rest)
+    on_device = [x if x is None else x.to(device) for x in (q, ka, va, *new, window)]
+    out = launch.attend(*on_device, *rest, splits=dice.choice((None, 1, 2, 5)))
+    assert error(out, expected) < TOLERANCE[dtype], (k, v, kind, cached, n)
+    for data, x, form in ((ka, new[0], kl), (va, new[1], vl)):
+        data, expected = data.to(device, copy=True), data
+        launch.append(data, x.to(device), form, None)
+        reference.append(expected, x, form)
+        assert torch.equal(data.cpu(), expected), form.key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", (8, 4, 2))
+@pytest.mark.parametrize("splits", (1, 2, 8, 64))
+def test_accuracy_at_every_split_length(bits, splits, record_property):
+    """64k tokens, nearly uniform attention over zero-mean values: the output nearly cancels (kernel.md, section 6)."""
+    length, heads, d = 65536, 2, 128
+    kl = layout(f"int{bits}z.64x1", heads, d, "float16", 16)
+    vl = layout(f"int{bits}z.1x128", heads, d, "float16", 16)
+    kx = (torch.randn(1, heads, length, d, device="cuda") + 3 * torch.linspace(-1, 1, d, device="cuda")).half()
+    vx = torch.randn(1, heads, length, d, device="cuda").half()
+    ka, va = reference.empty(1, length, kl, "cuda"), reference.empty(1, length, vl, "cuda")
+    launch.append(ka, kx, kl, None)
+    launch.append(va, vx, vl, None)
+    q, kn, vn = (torch.randn(1, h, 1, d, device="cuda").half() for h in (4 * heads, heads, heads))
+    scale = d**-0.5 / 8
+    out = launch.attend(q, ka, va, kn, vn, None, None, True, scale, kl, vl, splits=splits)
+    k = torch.cat([reference.read(ka, kl, 0, length), kn], 2).double().repeat_interleave(4, 1)
+    v = torch.cat([reference.read(va, vl, 0, length), vn], 2).double().repeat_interleave(4, 1)
+    expected = torch.softmax(q.double() @ k.transpose(-1, -2) * scale, -1) @ v
+    found = error(out, expected)
+    record_property("relative_error", found)
+    print(f"\n{bits} bits, {splits} splits: relative error {found:.2e}")
+    assert found < 3e-3

@@ -1,0 +1,80 @@
+"""`kvc check` and `kvc presets`, without the rest of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvc_compile.cli import check as check_command
+from kvc_compile.cli import presets as presets_command
+from kvc_compile.spec import Spec, presets
+
+
+def kvc(*words: str) -> int:
+    parser = argparse.ArgumentParser("kvc")
+    subparsers = parser.add_subparsers(required=True)
+    check_command.add_parser(subparsers)
+    presets_command.add_parser(subparsers)
+    args = parser.parse_args(words)
+    return int(args.run(args))
+
+
+@pytest.mark.parametrize("name", presets())
+def test_check_presets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvc("check", name) == 0
+    out, err = capsys.readouterr()
+    assert name in out and Spec.load(name).digest in out and not err
+    assert max(map(len, out.splitlines())) <= 100
+    assert kvc("check", name, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] and data["expanded"] == Spec.load(name).expanded() and len(data["tensors"]) == 2
+
+
+def test_check_shows_scopes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        'kvc: 1\nbits: 4\nlayers: {"0..3": {bits: 8}, "-1": {bits: 16}, "8,9,10,11,12,13,14,15,16,17": {}}\n'
+    )
+    assert kvc("check", str(path)) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("others", "0..3", "int 8", "32 x 1", "model's dtype", "8,9,10,11,12,13,14,15"))
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_check_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("kvc: 1\nbist: 4\n")
+    assert kvc("check", str(path)) == 1
+    out, err = capsys.readouterr()
+    assert not out and "s.yaml:2: bist: unknown key" in err and "bits" in err
+    assert kvc("check", "--json", str(path)) == 1
+    assert json.loads(capsys.readouterr().out)["error"]["nearest"] == "bits"
+
+
+def test_check_names_what_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("kvc: 1\nbits: 4\nbudget: 25%\n")
+    assert kvc("check", str(path)) == 1
+    out, err = capsys.readouterr()
+    assert "keep" in out and "budget" in err and "not implemented" in err
+    assert kvc("check", "--json", str(path)) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["not_implemented"] == ["budget"] and not data["ok"]
+
+
+def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvc("presets") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in presets()) and max(map(len, out.splitlines())) <= 100
+    assert kvc("presets", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(presets())
+    assert kvc("presets", "int4") == 0
+    assert Spec.load(yaml.safe_load(capsys.readouterr().out)) == Spec.load("int4")
+    assert kvc("presets", "int4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["k"] == 5
+    assert kvc("presets", "int5") == 1
+    assert "nearest: int" in capsys.readouterr().err
