@@ -17,7 +17,7 @@ from pathlib import Path
 
 OUT = Path(__file__).parent / "img" / "graph_diff.svg"
 SPEC = "kivi-4bit"
-COLUMNS, LINE, CHAR, PAD = 86, 17, 6.63, 14  # characters a side; pixels
+COLUMNS, LINE, CHAR, PAD = 92, 17, 6.63, 14  # characters a side; pixels
 STYLE = """
 .bg { fill: #ffffff } .head { font-weight: bold; fill: #24292f } text { fill: #24292f; white-space: pre }
 .del { fill: #ffebe9 } .add { fill: #dafbe1 } .rule { stroke: #d0d7de } .note { fill: #57606a }
@@ -63,11 +63,18 @@ def decode_graph(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def tidy(text: str) -> list[str]:
-    """Without blank lines, and with the longest names and constants shortened."""
-    text = re.sub(r"l_self_modules_model_modules_layers_modules_(\d+)_modules_self_attn_modules_", r"layer\1_", text)
-    text = re.sub(r"l_past_key_values_layers_(\d+)_", r"cache\1_", text)
-    text = re.sub(r"torch\.ops\.kvc", "kvc", text)
-    text = re.sub(r";\s+\w+ = .*None$", "", text, flags=re.MULTILINE)
+    """Without blank lines, strides and devices, and with the longest names shortened."""
+    for pattern, short in (
+        (r"l_self_\w*?layers_modules_(\d+)_modules_self_attn_modules_", r"layer\1_"),
+        (r"l_(?:kwargs_)?past_key_values_layers_(\d+)_", r"cache\1_"),
+        (r"torch\.ops\.kvc", "kvc"),
+        (r'"(\w+)\[([\d, ]*)\]\[[\d, ]*\]cpu"', r'"\1[\2]"'),  # strides and device
+        (r"slice\(None, None, None\)", ":"),
+        (r"device = device\(type='cpu'\)", "..."),
+        (r";\s+\w+ = .*None$", ""),
+        (r"parameter_\b", ""),
+    ):
+        text = re.sub(pattern, short, text, flags=re.MULTILINE)
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -142,4 +142,6 @@ def duplicate(gm: GraphModule) -> GraphModule:
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    return GraphModule(gm, graph)
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)  # AOTAutograd looks there for where a graph comes from, and then which inputs are static
+    return copy

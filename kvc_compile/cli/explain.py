@@ -92,5 +92,11 @@ def load(name: str) -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype="auto")
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if (
+            isinstance(error, OSError) and name != DEMO and not os.path.isdir(name)
+        ):  # transformers speaks of a connection
+            raise ModelError(
+                f"model {name!r} is no directory, and no id in this machine's Hugging Face cache"
+            ) from None
         raise ModelError(f"model {name!r}: {str(error).strip() or type(error).__name__}") from None
     return model.eval()

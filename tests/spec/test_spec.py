@@ -79,13 +79,15 @@ def test_short_form() -> None:
     spec = Spec.load({"bits": 4})
     tokens = schema.SHORT_TOKENS
     assert spec.expanded()["tokens"] == tokens
+    value = CodecSpec("int", 4, (1, 64), True)
     assert spec.layer(3, 4) == LayerSpec(
-        TensorSpec(KEY4, tokens["sink"], tokens["recent"], 32), TensorSpec(VALUE4, tokens["sink"], tokens["recent"], 1)
+        TensorSpec(KEY4, tokens["sink"], tokens["recent"]["k"], 32),
+        TensorSpec(value, tokens["sink"], tokens["recent"]["v"], 1),
     )
-    long = {"v": {"codec": {"zero": True, "block": [1, 32], "int": 4}}, "k": {"codec": {"int": 4, "block": [32, 1]}}}
+    long = {"v": {"codec": {"zero": True, "block": [1, 64], "int": 4}}, "k": {"codec": {"int": 4, "block": [32, 1]}}}
     assert Spec.load({**long, "tokens": tokens}) == spec
     mixed = Spec.load({"bits": {"k": 16, "v": 2}, "tokens": {}}).layer(0, 1)
-    assert mixed == LayerSpec(TensorSpec(), TensorSpec(CodecSpec("int", 2, (1, 32), True)))
+    assert mixed == LayerSpec(TensorSpec(), TensorSpec(CodecSpec("int", 2, (1, 64), True)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""On a GPU: generation takes no way around the compiled call, and CUDA graphs replay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from kvc_compile.handle import CacheHandle
+from models import decode, new_cache, prompt, tiny
+
+pytestmark = pytest.mark.gpu
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["static", None])
+@pytest.mark.parametrize("door", ["module", "wrapper"])
+def test_generate_runs_compressed(door, kind):
+    """`generate` with a static cache compiles decoding by itself on a GPU, around any `model.compile`."""
+    model, ids = tiny("llama", device="cuda"), prompt(device="cuda")
+    want = greedy(model, ids, cache_implementation=kind)
+    if door == "module":
+        compiled = copy.deepcopy(model)
+        compiled.compile(backend="kvc", options={"kvc": 1})
+    else:
+        compiled = torch.compile(model, backend="kvc", options={"kvc": 1})
+    out = greedy(compiled, ids, cache_implementation=kind, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, want)
+    assert all(isinstance(layer.keys, CacheHandle) for layer in out.past_key_values.layers)
+
+
+@pytest.mark.parametrize("spec", ["lossless", "int4", "int8"])
+def test_cuda_graphs_replay(spec):
+    """No graph is skipped, none is recorded again, for a second cache too."""
+    model, ids = tiny("llama", device="cuda", dtype=torch.bfloat16), prompt(tokens=100, device="cuda")
+    plain = torch.compile(copy.deepcopy(model), backend="kvc", options={"spec": spec})
+    graphed = torch.compile(model, backend="kvc", options={"spec": spec, "mode": "reduce-overhead"})
+    counters.clear()
+    for _ in range(2):
+        want = decode(plain, new_cache(model, "static", 256), ids, steps=40)
+        forced = want[:, 99:].argmax(-1)
+        got = decode_cloned(graphed, new_cache(model, "static", 256), ids, forced)
+        torch.testing.assert_close(got, want[:, -40:], atol=0.05, rtol=0.05)
+    assert counters["inductor"]["cudagraph_skips"] == 0, dict(counters["inductor"])
+
+
+@torch.no_grad()
+def decode_cloned(call, cache, ids, forced):
+    """As `decode`, each result copied out of the graph's memory before the next replay; the decode steps only."""
+    torch.compiler.cudagraph_mark_step_begin()
+    call(input_ids=ids, past_key_values=cache)
+    logits = []
+    for i in range(forced.shape[1] - 1):
+        torch.compiler.cudagraph_mark_step_begin()
+        logits.append(call(input_ids=forced[:, i : i + 1], past_key_values=cache).logits.clone())
+    return torch.cat(logits, 1)
