@@ -50,6 +50,7 @@ def measure(args: argparse.Namespace, result: dict) -> None:
     import transformers
 
     from kvc_compile import demo_model, quality
+    from kvc_compile.spec import Spec
 
     torch._dynamo.config.recompile_limit = 32
     model, tokenizer = demo_model.load(args.device, torch.float32)
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace, result: dict) -> None:
         torch._dynamo.reset()
         row = result.setdefault("presets", {}).setdefault(name, {})
         compiled = torch.compile(model, backend="kvc", options={"spec": name, "strict": True})
-        row.update(scores(model, compiled, windows))
+        row.update(digest=Spec.load(name).digest, **scores(model, compiled, windows))
         save(args.json, result)
         print(name, {k: v for k, v in row.items() if k != "passkeys"}, flush=True)
         for length in [int(n) for n in args.lengths.split(",") if n]:

@@ -10,14 +10,14 @@ from torch.fx import GraphModule
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.passes.fx import value
-from kvc_compile.passes.recognise import Match, legal, recognise
+from kvc_compile.passes.recognise import Match, recognise, without_gradients
 from kvc_compile.plan import Plan, make_plan
 from kvc_compile.request import Request
 
 
 def analyse(gm: GraphModule, example_inputs: list[Any], request: Request) -> tuple[list[Match], Plan]:
     """The attentions of a Dynamo graph that can be compressed, and the plan for all of them. Raises SpecError."""
-    found = legal(gm, recognise(gm), example_inputs)
+    found = without_gradients(recognise(gm), example_inputs)
     matches = [m for m in found if isinstance(m, Match)]
     device = "cuda" if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs) else "cpu"
     existing = {c: Layout.parse(k) for m in matches for c, k in handles(m).items()}

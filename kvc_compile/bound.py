@@ -60,7 +60,7 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
     if not isinstance(tensor, CacheHandle):
         start = None if i.start is None else int(args[i.start].reshape(-1)[0])
         import_(tensor, i, start, owner)
-    elif i.tokens is None:
+    elif not i.static:
         held = getattr(tensor.arena, "kvc_length", None)
         if held is not None and held != tensor.shape[2]:
             raise RuntimeError(

@@ -97,7 +97,6 @@ def generate(model: Any, ids: Tensor, prefill: int, cache: Any, on_token: Callab
         past_key_values=cache,
         logits_processor=[force],
         max_new_tokens=more,
-        min_new_tokens=more,
         do_sample=False,
     )
     return torch.stack(found[1:])

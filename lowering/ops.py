@@ -90,7 +90,7 @@ def _(data, x, layout):
 def read(data: Tensor, tokens: int, layout: str) -> Tensor:
     """The first `tokens` positions as values [B, H, tokens, D] in the model's dtype; zeros past the end."""
     out = cpu.read(data, tokens, Layout.parse(layout))
-    return out.clone() if out._is_view() else out
+    return out.clone() if out.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else out
 
 
 @read.register_fake

@@ -143,5 +143,8 @@ def duplicate(gm: GraphModule) -> GraphModule:
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     copy = GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)  # AOTAutograd looks there for where a graph comes from, and then which inputs are static
+    # AOTAutograd looks for these to know that the graph is Dynamo's, and then which inputs are static
+    copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
     return copy

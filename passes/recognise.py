@@ -8,19 +8,36 @@ The rules of legality, all of them here. An attention is a site if
     each use that reads comes after the append;
  5. the mask is a tensor over all positions of the cache, or absent where the cache has no empty positions;
     attention over a buffer's first n tokens, n as many as are appended, is attention over the new tokens alone: then
-    the positions must start at 0, which a new buffer proves and the graph otherwise asserts.
+    the positions must start at 0, which a new buffer proves and the graph otherwise asserts;
+ 6. nothing between the append and the attention writes to what is appended;
+ 7. gradients are off.
 Everything else is `Declined` with the reason.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kvc_compile.handle import CacheHandle
 from kvc_compile.passes.attention import Attention, NotAttention, find_attention
 from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, trace_operand
-from kvc_compile.passes.fx import is_call, module_layer, order, output, same, shape, source, tensor_dtype, value, where
+from kvc_compile.passes.fx import (
+    is_call,
+    is_mutation,
+    module_layer,
+    order,
+    output,
+    same,
+    shape,
+    source,
+    tensor_dtype,
+    value,
+    where,
+)
 from kvc_compile.passes.views import Peeled
 from kvc_compile.sites import CacheTensor, Declined, Site
 
@@ -47,7 +64,9 @@ def recognise(gm: GraphModule) -> list[Match | Declined]:
             matches.append(Declined(index, a.node.name, a.reason, where(a.node)))
             continue
         try:
-            matches.append(match(index, a))
+            m = match(index, a)
+            movable(m)
+            matches.append(m)
         except Decline as e:
             matches.append(Declined(index, a.node.name, str(e), where(a.node)))
     return check_uses(gm.graph, matches, inner)
@@ -102,8 +121,6 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
             raise Decline("keys and values are appended at different positions")
         if key.born != val.born:
             raise Decline("keys and values are not two caches of the same kind")
-        if not same(ks[2], vs[2]):
-            raise Decline("keys and values have room for different numbers of tokens")
         if (kp.window is None) != (vp.window is None):
             raise Decline("keys and values are cut to different numbers of tokens")
         if kp.window is not None:
@@ -123,17 +140,16 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
             raise Decline("is_causal over a cache with history counts from the first key, not from the last")
     if a.mask is not None:
         ms = shape(a.mask)
-        if ms is None or len(ms) > 4 or not same(ms[-1], ks[2]):
+        if ms is None or len(ms) > 4 or (same(ms[-1], 1) and not same(ks[2], 1)):
             raise Decline(f"a mask {ms} that does not cover the {ks[2]} positions of the cache one by one")
         m = value(a.mask)
-        if not (m.dtype.is_floating_point or m.dtype.is_floating_point is False and str(m.dtype) == "torch.bool"):
+        if not (m.dtype.is_floating_point or m.dtype == torch.bool):
             raise Decline(f"a mask of {m.dtype}")
         if len(ms) == 4 and not (same(ms[1], 1) or same(ms[1], qs[1])):
             raise Decline(f"a mask {tuple(ms)} for {qs[1]} query heads")
         if len(ms) == 3 and not same(ms[0], 1):
             raise Decline(f"a mask {tuple(ms)} of three dimensions")
-        if len(ms) >= 2 and not (same(ms[-2], qs[2]) or same(ms[-2], 1)):
-            raise Decline(f"a mask {tuple(ms)} for {qs[2]} queries")
+        # a size that is not 1 is the attention's own, or tracing it would have failed
 
 
 def size(x: object) -> object:
@@ -143,8 +159,6 @@ def size(x: object) -> object:
 
 def layer_of(index: int, a: Attention, key: Buffer | Concat) -> int:
     """The layer: from the cache's own name where it has one, else from the module, else the order of attention."""
-    import re
-
     placeholder = key.past if isinstance(key, Concat) else key.node
     if placeholder is not None and placeholder.op == "placeholder":
         numbers = re.findall(r"layers(?:\[|'\]\._modules\[')(\d+)", source(placeholder))
@@ -167,8 +181,6 @@ def record(c: Buffer | Concat) -> CacheTensor:
 
 
 def is_handle(node: Node) -> bool:
-    from kvc_compile.handle import CacheHandle
-
     return isinstance(value(node), CacheHandle)
 
 
@@ -229,18 +241,28 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
         raise Decline(f"{what} is not returned to the caller, so nothing keeps it")
 
 
-def legal(gm: GraphModule, found: list[Match | Declined], example_inputs: list) -> list[Match | Declined]:
-    """The last rules, over the whole graph: gradients are off, and moving the appends behind the attention is safe."""
-    import torch
+def movable(m: Match) -> None:
+    """Rule 6: the append may move behind the attention, since nothing in between writes what it reads."""
+    if not isinstance(m.key, Buffer) or not isinstance(m.value, Buffer):
+        return
+    ours = {m.key.append, m.value.append}
+    for first in ours:
+        n = first.next
+        while n is not m.attention.node and n.op != "output":
+            if is_mutation(n) and n not in ours and n.all_input_nodes:
+                target = n.all_input_nodes[0]
+                v = value(target)
+                counter = isinstance(v, torch.Tensor) and not v.dtype.is_floating_point and v.dim() == 0
+                if not counter:
+                    raise Decline(f"`{n.target}` writes to {target} between the append and the attention")
+            n = n.next
 
-    from kvc_compile.passes.rewrite import movable
 
-    grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
-    result: list[Match | Declined] = []
-    for m in found:
-        if isinstance(m, Declined):
-            result.append(m)
-            continue
-        reason = "gradients are enabled: run the model under torch.no_grad()" if grad else movable(gm.graph, m)
-        result.append(m if reason is None else Declined(m.site.index, m.site.node, reason, m.site.where))
-    return result
+def without_gradients(found: list[Match | Declined], example_inputs: list) -> list[Match | Declined]:
+    """Rule 7: a compressed cache has no gradient."""
+    if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return found
+    reason = "gradients are enabled: run the model under torch.no_grad()"
+    return [
+        m if isinstance(m, Declined) else Declined(m.site.index, m.site.node, reason, m.site.where) for m in found
+    ]

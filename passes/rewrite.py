@@ -26,8 +26,9 @@ from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
 from kvc_compile.passes.caches import Buffer, Concat, Decline
-from kvc_compile.passes.fx import copy_meta, erase_unused, is_mutation, order, output, shape, value
+from kvc_compile.passes.fx import copy_meta, erase_unused, output, shape, value
 from kvc_compile.passes.recognise import Match
+from kvc_compile.passes.views import dims
 from kvc_compile.plan import SLACK, Plan, SitePlan
 
 kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
@@ -35,14 +36,14 @@ kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
 
 @dataclass(frozen=True)
 class Input:
-    """A placeholder that the lowered graph takes as an arena. `tokens`: room of a static cache, None for a grown one;
-    `start`: the placeholder whose first element is the first position that is written, if there is one."""
+    """A placeholder that the lowered graph takes as an arena. static: a buffer of fixed length; start: the placeholder
+    whose first element is the first position that is written, if there is one."""
 
     index: int
     layout: str
     layer: int
     role: str
-    tokens: int | None
+    static: bool
     start: int | None = None
 
 
@@ -89,22 +90,6 @@ def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
     graph.lint()
     gm.recompile()
     return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results)
-
-
-def movable(graph: Graph, m: Match) -> str | None:
-    """Why the append of a site may not move behind its attention, or None: nothing in between may write its inputs."""
-    if not isinstance(m.key, Buffer) or not isinstance(m.value, Buffer):
-        return None
-    position = order(graph)
-    first = min(position[m.key.append], position[m.value.append])
-    ours = {m.key.append, m.value.append}
-    for n in graph.nodes:
-        if first < position[n] < position[m.attention.node] and is_mutation(n) and n not in ours and n.all_input_nodes:
-            target = value(n.all_input_nodes[0])
-            counter = isinstance(target, torch.Tensor) and not target.dtype.is_floating_point and target.dim() == 0
-            if not counter and len(shape(n.all_input_nodes[0]) or ()) != 4:
-                return f"`{n.target}` writes to {n.all_input_nodes[0]} between the append and the attention"
-    return None
 
 
 class _Rewrite:
@@ -173,24 +158,20 @@ class _Rewrite:
         if c.node in self.arenas:
             return self.arenas[c.node]
         if isinstance(c, Buffer) and c.born:
-            sizes = c.node.args[0] if c.node.op == "call_function" else c.node.args[1]
-            batch, tokens = sizes[0], sizes[2]  # type: ignore[index]
+            batch, _, tokens, _ = dims(c.node, 0 if c.node.op == "call_function" else 1)
             with self.graph.inserting_before(c.append):
                 arena = self.call(kvc.empty.default, c.x, batch, tokens, layout.key, like=c.node)
-            for i, r in enumerate(self.returned):
+            for i, r in enumerate(self.returned[: self.results]):
                 if r is c.node or r is c.append:
                     self.returned[i] = arena
-                    n = shape(c.node)[2]  # type: ignore[index]
-                    self.outputs.append(Output(i, i, layout.key, m.site.layer, role, True, int(n)))
+                    self.outputs.append(Output(i, i, layout.key, m.site.layer, role, True, self.number(tokens)))
             self.dead.append(c.node)
         else:
             arena = c.past if isinstance(c, Concat) else c.node  # type: ignore[assignment]
             assert arena is not None
-            static = isinstance(c, Buffer)
-            tokens = int(shape(c.node)[2]) if static else None  # type: ignore[index]
             index = self.placeholders.index(arena)
             start = first_position(c.positions, self.placeholders) if isinstance(c, Buffer) else None
-            self.inputs.append(Input(index, layout.key, m.site.layer, role, tokens, start))
+            self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start))
             self.sizes(c.metadata)
         self.arenas[c.node] = arena
         return arena
@@ -306,7 +287,7 @@ def convert_placeholder(node: Node, i: Input) -> None:
         arena = old.arena
     else:
         with old.fake_mode:
-            arena = torch.empty(old.shape[0], layout.row_bytes(i.tokens or 0), dtype=torch.uint8, device=old.device)
+            arena = torch.empty(old.shape[0], layout.row_bytes(int(old.shape[2])), dtype=torch.uint8, device=old.device)
     node.meta["example_value"] = arena
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta.pop("grapharg", None)

@@ -174,10 +174,16 @@ def test_repro_has_the_positions_and_masks_of_the_run(folders):
 
 
 def test_every_attribute_of_the_graph_is_named_or_warned_of():
-    from kvc_compile.repro import import_of, prefixes
+    from kvc_compile.repro import import_of, prefixes, repro
 
     assert import_of("f", fx.value) == "from kvc_compile.passes.fx import value as f"
     assert import_of("f", lambda: 0) is None and import_of("f", 3) is None
     assert prefixes("m", torch.tensor([[True, False, True]])) is None, "no prefix"
     assert prefixes("mask", torch.tensor([[0.0, 0.0, -1e9]])) == 2
     assert prefixes("weight", torch.tensor([[0.0, 0.0, -1e9]])) is None
+
+    captured = (
+        "class G:\n    a = torch._C._log_api_usage_once('python.nn_module');  a = None\n    b = torch.sym_sum([1, s])\n"
+    )
+    text = repro("id", captured, torch.fx.symbolic_trace(torch.nn.Identity()), [torch.ones(2)], {})
+    assert "_log_api" not in text and "b = sum([1, s])" in text, "what Dynamo cannot read back"

@@ -128,6 +128,7 @@ def test_the_last_spec_counts(tiny, unlowered):
     tiny.compile(backend=backend.kvc, options={"bits": 8})
     generate(tiny)
     assert report(tiny).sites[0].keys.startswith("int8") and report(tiny).digest == report().digest
+    assert report(tiny).graphs == report().graphs == 2, "prefill and decode, those of the old spec excepted"
 
 
 def test_thirty_layers_are_thirty_rows_and_one_line():

@@ -261,9 +261,9 @@ def show(setup: dict[str, Any], rows: list[Row]) -> None:
     console.print(measures(setup, rows))
     console.print(
         f"Planned and held: bytes of the cache with room for {s['cache_tokens']} tokens, scales and exact recent "
-        f"tokens included. Of {s['dtype']}: planned, against the uncompressed cache in the model's own dtype; of "
+        f"tokens included. Of fp32: planned, against the uncompressed cache in the model's own dtype, {s['dtype']}; of "
         f"16-bit: against one of 16-bit numbers. Perplexity, KL, top-1: {s['scored']} tokens of Python's documentation "
-        f"after {s['scored_after']}, read through the cache. Answer s: seconds for the answer to {s['prompt_tokens']} "
+        f"after {s['scored_after']}, read through the cache. Answer: seconds for the answer to {s['prompt_tokens']} "
         "tokens, once compiled (the uncompressed row is not compiled); in all: compilation and perplexity included.",
         style="dim",
     )
@@ -275,16 +275,17 @@ def measures(setup: dict[str, Any], rows: list[Row]) -> Any:
     from rich import box
     from rich.table import Table
 
-    same = setup["dtype"] in ("float16", "bfloat16")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    dtype = setup["dtype"].replace("float32", "fp32")
+    same = dtype in ("float16", "bfloat16")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("cache", no_wrap=True)
-    ratios = ["of 16-bit"] if same else [f"of {setup['dtype']}", "of 16-bit"]
-    for head in ("planned", "held", *ratios, "perplexity", "KL", "top-1", "answer s", "in all s"):
+    ratios = ["of 16-bit"] if same else [f"of {dtype}", "of 16-bit"]
+    for head in ("planned", "held", *ratios, "perplexity", "KL", "top-1", "answer", "in all"):
         table.add_column(head, justify="right", no_wrap=True)
     for r in rows:
         shares = [f"{r.of_16bit:.3f}"] if same else [f"{r.of_dtype:.3f}", f"{r.of_16bit:.3f}"]
-        measured = (f"{r.perplexity:.3f}", f"{r.kl:.4f}", f"{r.top1:.3f}", f"{r.seconds:.1f}", f"{r.total:.0f}")
-        table.add_row(r.cache, f"{r.planned / 1e6:.2f} MB", f"{r.held / 1e6:.2f} MB", *shares, *measured)
+        measured = (f"{r.perplexity:.3f}", f"{r.kl:.4f}", f"{r.top1:.3f}", f"{r.seconds:.1f} s", f"{r.total:.0f} s")
+        table.add_row(r.cache, f"{r.planned / 1e6:.1f} MB", f"{r.held / 1e6:.1f} MB", *shares, *measured)
     return table
 
 
