@@ -52,7 +52,8 @@ def run(spec: str, tokens: int, batch: int, prompt: int, steps: int, layers: int
     else:
         step = prefill = torch.compile(model, backend="kvc", options={"spec": spec, "mode": "reduce-overhead"})
     for chunk in ids.split(1024, 1):
-        logits = prefill(input_ids=chunk, past_key_values=cache, logits_to_keep=1).logits
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = prefill(input_ids=chunk.clone(), past_key_values=cache, logits_to_keep=1).logits.clone()
     token = logits[:, -1:].argmax(-1)
     times = []
     for i in range(steps):

@@ -3,7 +3,9 @@
 - `torch.compile(model, backend="kvc").generate` is the original module's method, bound to the original module.
 - On a GPU, Hugging Face's `generate` compiles decoding by itself (`get_compiled_call`), with Inductor, around any
   `model.compile`.
-Both are closed by one property and one method, which do nothing for modules that are not compiled with this backend.
+- Dynamo takes two compiles for the same if their options are equal, and the path of a spec file equals itself when the
+  file has changed.
+All are closed by two properties and one method, which do nothing for modules that are not compiled with this backend.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+
+from kvc_compile.request import Request
 
 
 def backend_of(compiled: Any) -> Any:
@@ -85,10 +89,36 @@ def _module_compile(original: Any) -> Any:
     return compile
 
 
+class _Resolved(dict[str, Any]):
+    """The keyword arguments that `torch.compile` keeps for this backend: `options` is read as soon as it is given, so
+    that what Dynamo compares, and what is compiled later, is the content that a file or a dict had at that moment."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, Request.of(value, self.get("mode")) if key == "options" else value)
+
+
+def _kwargs() -> property:
+    """`torch._TorchCompileWrapper.kwargs`. Its `__init__` cannot be wrapped: it is running when, looking the backend
+    up, it imports this package, and sets `kwargs` after that."""
+
+    def put(self: Any, value: dict[str, Any]) -> None:
+        from kvc_compile.backend import kvc
+
+        self.__dict__["kwargs"] = value
+        if getattr(self, "compiler_fn", None) is kvc:
+            self.__dict__["kwargs"] = _Resolved()
+            for key in sorted(value):  # "mode" before "options", which reads it
+                self.__dict__["kwargs"][key] = value[key]
+
+    return property(lambda self: self.__dict__["kwargs"], put)
+
+
 def install() -> None:
     """Close the doors; safe to call again, and again after transformers was imported."""
     if not isinstance(OptimizedModule.__dict__.get("generate"), property):
         OptimizedModule.generate = property(_generate)  # type: ignore[attr-defined]
+    if not isinstance(torch._TorchCompileWrapper.__dict__.get("kwargs"), property):
+        torch._TorchCompileWrapper.kwargs = _kwargs()  # type: ignore[attr-defined]
     if not hasattr(torch.nn.Module.compile, "kvc_door"):
         torch.nn.Module.compile = _module_compile(torch.nn.Module.compile)  # type: ignore[method-assign]
     modeling = sys.modules.get("transformers.modeling_utils")

@@ -50,6 +50,6 @@ def decode(call: Callable[..., Any], cache: Any, ids: torch.Tensor, steps: int =
     """Logits [B, prompt + steps, vocabulary] of a prefill and `steps` decode steps: greedy, or fed the tokens `forced`."""
     logits = [call(input_ids=ids, past_key_values=cache, use_cache=True).logits]
     for i in range(steps):
-        token = logits[-1][:, -1:].argmax(-1) if forced is None else forced[:, i : i + 1]
+        token = logits[-1][:, -1:].argmax(-1) if forced is None else forced[:, i : i + 1].clone()
         logits.append(call(input_ids=token, past_key_values=cache, use_cache=True).logits)
     return torch.cat(logits, 1)

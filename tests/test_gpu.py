@@ -57,5 +57,5 @@ def decode_cloned(call, cache, ids, forced):
     logits = []
     for i in range(forced.shape[1] - 1):
         torch.compiler.cudagraph_mark_step_begin()
-        logits.append(call(input_ids=forced[:, i : i + 1], past_key_values=cache).logits.clone())
+        logits.append(call(input_ids=forced[:, i : i + 1].clone(), past_key_values=cache).logits.clone())
     return torch.cat(logits, 1)

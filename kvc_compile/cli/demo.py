@@ -27,7 +27,7 @@ class Size:
     text: tuple[int, int]
 
 
-NORMAL, QUICK = Size(60, (640, 96)), Size(32, (384, 32))
+NORMAL, QUICK = Size(56, (640, 64)), Size(32, (384, 32))
 
 
 @dataclass(frozen=True)
