@@ -56,7 +56,7 @@ def run(spec: str, tokens: int, batch: int, prompt: int, steps: int, layers: int
         logits = prefill(input_ids=chunk.clone(), past_key_values=cache, logits_to_keep=1).logits.clone()
     token = logits[:, -1:].argmax(-1)
     times = []
-    for i in range(steps):
+    for _ in range(steps):
         torch.compiler.cudagraph_mark_step_begin()
         torch.cuda.synchronize()
         t = time.perf_counter()

@@ -3,8 +3,8 @@
 What every kernel is tested against, and what the CPU runs (`lowering.cpu`). All functions take an arena and its
 `Layout` (see `kvc_compile.layout` for the stored form).
 
-Affine codec of b bits over blocks of t tokens x c channels, C = (2^b - 1)/2 (min/max blocks as in KIVI, arXiv 2402.02750,
-with centred codes):
+Affine codec of b bits over blocks of t tokens x c channels, C = (2^b - 1)/2 (min/max blocks as in KIVI,
+arXiv:2402.02750, with centred codes):
 
     middle = fp16((lo + hi) / 2)    scale = fp16 rounded up of max(hi - middle, middle - lo) / C
     code = round((x - middle) / scale + C)                        x^ = (code - C) * scale + middle
@@ -99,7 +99,8 @@ def blocks(x: Tensor, layout: Layout) -> Tensor:
 
 
 def encode(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """Values [B, H, T, D] to codes (uint8, fp8 or the model's dtype, same shape) and params fp16 [B, H, T/t, groups, k]."""
+    """Values [B, H, T, D] to codes (uint8, fp8 or the model's dtype, same shape) and params fp16 [B, H, T/t, groups, k].
+    """
     codec = layout.codec
     if codec.kind == "raw":
         return x.to(getattr(torch, layout.dtype)), None

@@ -46,10 +46,10 @@ def lower(gm: GraphModule, inputs: list[Any], request: Request, births: bool):
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(list_mode_options(request.mode)) if request.mode != "default" else {}
-    # torch 2.11 fails to record a partitioned graph again for a second cache
-    patches["graph_partition"] = False
     if births:
         patches["triton.cudagraphs"] = False
+    if patches.get("triton.cudagraphs"):  # torch 2.11 fails to record a partitioned graph again for a second cache
+        patches["graph_partition"] = False
     return compile_fx(gm, inputs, config_patches=patches)
 
 

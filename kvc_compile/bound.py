@@ -64,8 +64,8 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
         held = getattr(tensor.arena, "kvc_length", None)
         if held is not None and held != tensor.shape[2]:
             raise RuntimeError(
-                f"layer {i.layer}: this compressed cache tensor of {tensor.shape[2]} tokens was already extended to {held}; "
-                "copy.deepcopy the cache before continuing it in two ways"
+                f"layer {i.layer}: this compressed cache tensor of {tensor.shape[2]} tokens was already extended to "
+                f"{held}; copy.deepcopy the cache before continuing it in two ways"
             )
     return tensor
 

@@ -20,8 +20,8 @@ aten = torch.ops.aten
 class CacheHandle(torch.Tensor):
     """A compressed cache tensor [batch, heads, tokens, channels].
 
-    arena: uint8 [batch, row_bytes]. layout_key: its `Layout.key`. A *static* handle has room for `tokens` tokens of which
-    the first `length` are valid, the rest read as zeros; a dynamic one has `tokens` tokens.
+    arena: uint8 [batch, row_bytes]. layout_key: its `Layout.key`. A *static* handle has room for `tokens` tokens, of
+    which those past the valid ones read as zeros; a dynamic one has `tokens` tokens.
     """
 
     arena: Tensor
@@ -77,8 +77,11 @@ class CacheHandle(torch.Tensor):
                 f"{func} writes to a compressed cache, which takes appends at its end, zero_() and copies of another "
                 "compressed cache; clone its content first (tensor.dense()) to edit it"
             )
-        plain = lambda x: x.dense() if isinstance(x, CacheHandle) else x
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+
+def _plain(x):
+    return x.dense() if isinstance(x, CacheHandle) else x
 
 
 def _same(h: CacheHandle, arena: Tensor) -> CacheHandle:
@@ -91,12 +94,17 @@ def _detach(h):
 
 def _clone(h, *, memory_format=None):
     copy = h.arena.clone()
+    if hasattr(h.arena, "kvc_length"):
+        copy.kvc_length = h.arena.kvc_length
     if hasattr(h.arena, "kvc_tag"):
         track(copy, h.arena.kvc_tag)
     return _same(h, copy)
 
 
 def _zero(h):
+    """Empties a static cache; a dynamic one of zeros would be no cache that can grow."""
+    if not h.static:
+        return NotImplemented
     h.arena.zero_()
     return h
 

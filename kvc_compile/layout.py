@@ -10,8 +10,9 @@ so that selecting or reordering sequences is an index over rows. A row holds, in
     params   fp16  [heads, capacity/t, groups, 2 or 1]   scale (and middle) of each block of t tokens x c channels
 
 `length` is the number of tokens in the cache, `encoded` how many of them are in the planes: the tokens
-sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is position sink + i. Every head has a header,
-so that budgets may differ by head and one program may append to one head; today all heads and rows of an arena agree.
+sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is position sink + i. Every head has
+a header, so that budgets may differ by head and one program may append to one head; today all heads and rows of an
+arena agree.
 
 A word packs tokens, not channels: with n codes to a word, the word at row t of a packing block holds the tokens
 t, t+16, t+32, ... of one channel, lowest bits first (here 4 bits in 8-bit words, n = 2):

@@ -37,7 +37,7 @@ class Request:
 
     @staticmethod
     def of(options: Any, mode: str | None = None) -> Request:
-        """Read `options` in any of its forms: a Spec, dict, path, preset name, or a dict of these with runtime options."""
+        """Read `options` in any form: a Spec, dict, path, preset name, or a dict of one of these and runtime options."""
         runtime: dict[str, Any] = {}
         spec: Any = options
         if isinstance(options, Request):

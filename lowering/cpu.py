@@ -49,7 +49,10 @@ def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) ->
     reference.append(data, x, layout, start_of(positions, x.shape[2]))
 
 
-def attend(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout: Layout, v_layout: Layout) -> Tensor:
+def attend(
+    q: Tensor, k_data: Tensor, v_data: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None,
+    positions: Tensor | None, causal: bool, scale: float, k_layout: Layout, v_layout: Layout,
+) -> Tensor:  # fmt: skip
     start = start_of(positions, k_new.shape[2])
     return reference.attend(
         q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, decode_body

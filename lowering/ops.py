@@ -40,7 +40,7 @@ def _(like, batch, tokens, layout):
 
 @custom_op("kvc::append", mutates_args=("data",))
 def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: str) -> None:
-    """Append x [B, H, n, D]; `positions` int [n] are where the graph writes them (the end of the cache unless given)."""
+    """Append x [B, H, n, D]; `positions` int [n] are where the graph writes them: the end of the cache unless given."""
     parsed = Layout.parse(layout)
     if data.is_cuda:
         _kernels().append(data, x, parsed, positions)

@@ -19,9 +19,12 @@ from torch.fx import Graph, Node
 from kvc_compile.passes.fx import bind, is_call, same, shape, signature, value
 
 SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
-_SDPA = signature("(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False)")
+_SDPA = signature(
+    "(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False)"
+)
 _SOFTMAX = {torch.softmax, F.softmax, torch.nn.functional.softmax, "softmax"}
 _SOFTMAX_ARGS = signature("(input, dim=None, _stacklevel=3, dtype=None)")
+_SOFTMAX_METHOD = signature("(input, dim=None, dtype=None)")
 _MATMUL = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
 _DROPOUT = signature("(input, p=0.5, training=True, inplace=False)")
 
@@ -94,8 +97,8 @@ def _is_mask(node: Any, scores: Node) -> bool:
 
 
 def read_softmax(node: Node) -> Attention | NotAttention | None:
-    """Read hand-written attention around a softmax; None where there is no matmul on both sides (a router, a sampler)."""
-    a = bind(node, _SOFTMAX_ARGS) if node.target != "softmax" else bind(node, signature("(input, dim=None, dtype=None)"))
+    """Read hand-written attention around a softmax; None where it has no matmul on both sides (a router, a sampler)."""
+    a = bind(node, _SOFTMAX_METHOD if node.target == "softmax" else _SOFTMAX_ARGS)
     if a is None or a["dim"] not in (-1, 3) or len(shape(node) or ()) != 4:
         return None
     # down: softmax -> to -> dropout -> matmul(p, v)

@@ -55,7 +55,7 @@ def trace_operand(operand: Node, transposed: bool) -> tuple[Peeled, Buffer | Con
     node = peeled.source
     if peeled.transposed != transposed:
         raise Decline(f"{operand} is transposed in a way that is not a key's")
-    if is_call(node, "index_copy_"):  # the append's result is the buffer itself
+    if is_call(node, "index_copy_") and isinstance(node.args[0], Node):  # its result is the buffer itself
         node = node.args[0]
     if not isinstance(node, Node):
         raise Decline(f"{operand} is not a tensor of this graph")
@@ -64,7 +64,7 @@ def trace_operand(operand: Node, transposed: bool) -> tuple[Peeled, Buffer | Con
     if node.op == "placeholder" or is_call(node, *ZEROS):
         return peeled, read_buffer(node)
     name = getattr(node.target, "__name__", node.target)
-    raise Decline(f"its {'keys' if transposed else 'operands'} go through `{name}`, which is no view of a cache known here")
+    raise Decline(f"{operand} goes through `{name}`, which is no view of a cache known here")
 
 
 def read_buffer(node: Node) -> Buffer:
@@ -84,7 +84,7 @@ def read_buffer(node: Node) -> Buffer:
         raise Decline(f"what is written to {what} does not have its shape, {tuple(s)}")
     if value(x).dtype != value(node).dtype:
         raise Decline(f"{value(x).dtype} is written to {what}, which is {value(node).dtype}")
-    metadata = tuple(u for u in node.users if is_call(u, *SIZES) or (is_call(u, getattr) and u.args[1] in ("shape", "dtype", "device")))
+    metadata = tuple(u for u in node.users if is_call(u, *SIZES))
     return Buffer(node, node.op != "placeholder", append, positions, consecutive(positions), x, metadata)
 
 
@@ -99,9 +99,9 @@ def _read_append(node: Node, buffer: Node) -> tuple[Node, Node]:
         if isinstance(index, tuple) and len(index) in (3, 4) and isinstance(x, Node):
             ok = index[0] == FULL and index[1] == FULL and all(i == FULL for i in index[3:])
             p = index[2]
-            if ok and isinstance(p, Node) and isinstance(value(p), torch.Tensor) and value(p).dtype == torch.int64:
-                if len(shape(p) or ()) == 1:
-                    return p, x
+            v = value(p)
+            if ok and isinstance(p, Node) and isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.dim() == 1:
+                return p, x
     name = getattr(node.target, "__name__", node.target)
     raise Decline(f"`{name}` writes to {source(buffer) or buffer.name} in a way that is no append of tokens")
 

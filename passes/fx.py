@@ -62,7 +62,7 @@ def source(node: Node) -> str:
 
 
 def where(node: Node) -> str:
-    """The user's line that made this node, `file.py:12 in forward`: the last frame, without its folder's machine part."""
+    """The user's line that made this node, `folder/file.py:12 in forward`: its last frame."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
     if not frames:
         return ""
@@ -116,7 +116,7 @@ def is_mutation(node: Node) -> bool:
     """Whether a node writes to one of its inputs, as far as its name tells (every in-place spelling ends in _)."""
     if node.op == "call_method":
         name = str(node.target)
-        return name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     if node.op == "call_function":
         name = getattr(node.target, "__name__", str(node.target))
         return (
@@ -134,7 +134,8 @@ def tensor_dtype(t: torch.dtype) -> str:
 
 def duplicate(gm: GraphModule) -> GraphModule:
     """A copy of a Dynamo graph that may be rewritten; attributes and fake values are shared."""
-    graph, mapping = Graph(), {}
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
     result = graph.graph_copy(gm.graph, mapping, return_output_node=True)
     assert result is not None
     out = graph.output(result[0])

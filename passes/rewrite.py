@@ -268,7 +268,7 @@ def size_value(node: Node, placeholders: list[Node]) -> Any:
 
 
 def first_position(positions: Node, placeholders: list[Node]) -> int | None:
-    """The index of the placeholder that holds the first position: `positions` itself, or the scalar of `arange + scalar`."""
+    """The index of the placeholder that holds the first position: `positions`, or the scalar of `arange + scalar`."""
     candidates = [positions, *positions.all_input_nodes]
     while candidates:
         n = candidates.pop(0)

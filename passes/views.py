@@ -65,9 +65,9 @@ def _first_tokens(node: Node) -> Any:
     if is_call(node, operator.getitem) and isinstance(node.args[1], tuple) and len(node.args[1]) in (3, 4):
         index = node.args[1]
         cut = index[2]
-        if all(i == FULL for i in (*index[:2], *index[3:])) and isinstance(cut, slice):
-            if cut.start in (None, 0) and cut.step in (None, 1) and cut.stop is not None:
-                return cut.stop
+        whole = all(i == FULL for i in (*index[:2], *index[3:])) and isinstance(cut, slice)
+        if whole and cut.start in (None, 0) and cut.step in (None, 1):
+            return cut.stop
     return None
 
 
@@ -86,12 +86,14 @@ def _repeat_kv(node: Node) -> tuple[Node, int, tuple[Node, ...]] | None:
     if not is_call(node, "reshape", "view", "flatten", torch.reshape, torch.flatten):
         return None
     expand = node.args[0]
-    if not is_call(expand, "expand", "expand_as", torch.Tensor.expand):
+    if not isinstance(expand, Node) or not is_call(expand, "expand", "expand_as", torch.Tensor.expand):
         return None
     grouped = expand.args[0]
     if not isinstance(grouped, Node) or not _group_dim(grouped):
         return None
     x = grouped.args[0]
+    if not isinstance(x, Node):
+        return None
     s = shape(x)
     five = shape(expand)
     if s is None or five is None or len(s) != 4 or len(five) != 5:
@@ -114,14 +116,16 @@ def _repeat_interleave(node: Node) -> tuple[Node, int] | None:
     }
     x, g = bound.get("input"), bound.get("repeats")
     s = shape(x)
-    if not isinstance(g, int) or bound.get("dim") not in (1, -3) or s is None or len(s) != 4:
+    if not isinstance(x, Node) or not isinstance(g, int) or bound.get("dim") not in (1, -3) or not s or len(s) != 4:
         return None
     return (x, g) if same_shape(node, s[0], s[1] * g, s[2], s[3]) else None
 
 
 def peel(operand: Node) -> Peeled:
     """Walk back from an operand of attention as far as every step is proved."""
-    node, groups, transposed, path, window = operand, 1, False, [], None
+    node: Any = operand
+    groups, transposed, window = 1, False, None
+    path: list[Node] = []
     while isinstance(node, Node):
         if groups == 1 and (kv := _repeat_kv(node)) is not None:
             node, groups, steps = kv

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite")
 
 
-def tiny(family: str, attention: str = "sdpa", device: str = "cpu", layers: int = 2, dtype=torch.float32, **config: Any):
+def tiny(family: str, attention="sdpa", device="cpu", layers=2, dtype=torch.float32, **config: Any):
     """A random model of a family: 4 query heads on 2 key heads of 16 channels unless `config` says otherwise."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
@@ -46,8 +46,8 @@ def new_cache(model: Any, kind: str, tokens: int = 64):
 
 
 @torch.no_grad()
-def decode(call: Callable[..., Any], cache: Any, ids: torch.Tensor, steps: int = 8, forced: Any = None) -> torch.Tensor:
-    """Logits [B, prompt + steps, vocabulary] of a prefill and `steps` decode steps: greedy, or fed the tokens `forced`."""
+def decode(call: Callable[..., Any], cache: Any, ids: torch.Tensor, steps=8, forced: Any = None) -> torch.Tensor:
+    """Logits [B, prompt + steps, vocabulary] of a prefill and `steps` decode steps: greedy, or fed `forced`."""
     logits = [call(input_ids=ids, past_key_values=cache, use_cache=True).logits]
     for i in range(steps):
         token = logits[-1][:, -1:].argmax(-1) if forced is None else forced[:, i : i + 1].clone()

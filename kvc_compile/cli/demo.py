@@ -51,7 +51,7 @@ class Row:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "Run SmolLM2-135M-Instruct with its full cache and with compressed ones: what it answers, what the cache "
-        "takes, and what compression costs in perplexity. Two to four minutes on two CPU cores, most of them compiling."
+        "takes, and what compression costs in perplexity. Some minutes on two CPU cores, most of them compiling."
     )
     p = subparsers.add_parser("demo", help="a real model with compressed caches, side by side", description=text)
     p.add_argument(
@@ -59,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     p.add_argument("--prompt", metavar="TEXT", help="what to ask (default: on a page of Python's documentation)")
     p.add_argument("--tokens", metavar="N", type=int, help=f"longest answer (default: {NORMAL.answer})")
-    p.add_argument("--quick", action="store_true", help="one preset and short texts: about a minute")
+    p.add_argument("--quick", action="store_true", help="one preset and short texts: one to two minutes")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     p.add_argument("--dump", metavar="DIR", help="write each preset's graphs, before and after, to DIR/PRESET")
     p.add_argument("--json", action="store_true", help="print JSON")
