@@ -7,7 +7,7 @@ model, tokenizer = load()  # SmolLM2-135M-Instruct; any supported transformers m
 
 kvc.compile(model, "kivi-4bit")  # or a dict, or the path of a spec file
 
-inputs = tokenizer("The KV cache of a transformer holds", return_tensors="pt")
+inputs = tokenizer("Gravity is", return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens=40, do_sample=False, cache_implementation="static")
 print(tokenizer.decode(out[0]))
 print(kvc.report(model))

@@ -41,16 +41,30 @@ class Views:
 
 
 def views(data: Tensor, layout: Layout) -> Views:
-    """The regions of the arena `data`, uint8 [B, row_bytes], without a copy."""
+    """The regions of the arena `data`, uint8 [B, row_bytes], without a copy. They are made once for an arena."""
+    known = getattr(data, "kvc_views", None)
+    if known is not None and known[0] == layout:
+        return known[1]
+    made = make_views(data, layout)
+    data.kvc_views = (layout, made)  # type: ignore[attr-defined]
+    return made
+
+
+def make_views(data: Tensor, layout: Layout) -> Views:
     n = layout.capacity_of(data.shape[1])
     dtype = getattr(torch, layout.dtype)
     h, d = layout.heads, layout.channels
 
+    storage, begin, row = data.untyped_storage(), data.storage_offset(), data.stride(0)
+
     def region(offset: int, dtype: torch.dtype, *shape: int) -> Tensor:
-        count = 1
-        for s in shape:
-            count *= s
-        return data[:, offset : offset + count * dtype.itemsize].view(dtype).unflatten(1, shape)
+        # not a view in autograd's sense: that would refer to `data`, which refers to the views
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, strides[0] * size)
+        item = dtype.itemsize
+        out = torch.empty(0, dtype=dtype, device=data.device)
+        return out.set_(storage, (begin + offset) // item, (data.shape[0], *shape), (row // item, *strides))
 
     planes = []
     for i, p in enumerate(layout.planes):
@@ -183,8 +197,24 @@ def body_slices(v: Views, layout: Layout, first: int, last: int) -> tuple[tuple[
 
 
 def decode_body(planes: tuple[Tensor, ...], params: Tensor | None, layout: Layout) -> Tensor:
-    """Whole units of the body as values [B, H, T, D]: the part of a read that is worth compiling."""
+    """Whole units of the body as values [B, H, T, D]."""
     return decode(unpack_codes(planes, layout), params, layout)
+
+
+def attend_body(
+    rows: Tensor,
+    k_planes: tuple[Tensor, ...],
+    k_params: Tensor | None,
+    v_planes: tuple[Tensor, ...],
+    v_params: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    k_layout: Layout,
+    v_layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """`partial` over whole units of the bodies of keys and values: the part of attention that is worth compiling."""
+    k, v = decode_body(k_planes, k_params, k_layout), decode_body(v_planes, v_params, v_layout)
+    return partial(rows, k, v, mask, scale)
 
 
 def write_body(v: Views, layout: Layout, first: int, x: Tensor) -> None:
@@ -232,7 +262,7 @@ def write_ring(v: Views, layout: Layout, first: int, x: Tensor) -> None:
     v.ring[:, :, : n - head] = x[:, :, head:]
 
 
-def read(data: Tensor, layout: Layout, first: int, last: int, decode_body=decode_body) -> Tensor:
+def read(data: Tensor, layout: Layout, first: int, last: int) -> Tensor:
     """The tokens at positions first .. last-1 as values [B, H, last-first, D]; positions past the length are zeros."""
     v = views(data, layout)
     length, encoded = lengths(v)
@@ -346,7 +376,7 @@ def attend(
     scale: float,
     k_layout: Layout,
     v_layout: Layout,
-    decode_body=decode_body,
+    attend_body=attend_body,
 ) -> Tensor:
     """Attention of the new queries over what the cache holds and over the new tokens themselves, which are exact.
 
@@ -383,10 +413,9 @@ def attend(
     parts = []
     for first in range(0, body, SPAN):
         last = min(first + SPAN, body)
-        k = decode_body(*body_slices(kv, k_layout, first, last), k_layout)
-        v = decode_body(*body_slices(vv, v_layout, first, last), v_layout)
+        stored = *body_slices(kv, k_layout, first, last), *body_slices(vv, v_layout, first, last)
         window = None if mask is None else mask[..., sink + first : sink + last]
-        parts.append(partial(rows, k, v, window, scale))
+        parts.append(attend_body(rows, *stored, window, scale, k_layout, v_layout))
     head, tail = (sink, sink + body) if body else (0, 0)
     k = torch.cat([read(k_data, k_layout, 0, head), read(k_data, k_layout, tail, length), k_new], 2)
     v = torch.cat([read(v_data, v_layout, 0, head), read(v_data, v_layout, tail, length), v_new], 2)

@@ -16,6 +16,11 @@ from kvc_compile.lowering import ops
 
 aten = torch.ops.aten
 
+_WRITES = (
+    "writes to a compressed cache, which takes appends at its end, zero_() and copies of another compressed cache; "
+    "clone its content first (tensor.dense()) to edit it"
+)
+
 
 class CacheHandle(torch.Tensor):
     """A compressed cache tensor [batch, heads, tokens, channels].
@@ -42,8 +47,30 @@ class CacheHandle(torch.Tensor):
         self.arena, self.layout_key, self.static = arena, layout_key, static
 
     @property
-    def layout(self) -> Layout:
+    def stored(self) -> Layout:  # not `layout`, which every tensor has already
         return Layout.parse(self.layout_key)
+
+    def __setitem__(self, index, value):
+        """Elsewhere `x[a:b] = y` writes to a view of x; here that would be a write to a copy, and be lost."""
+        full = slice(None)
+        if isinstance(index, tuple) and len(index) in (3, 4) and isinstance(index[2], Tensor):
+            if all(isinstance(i, slice) and i == full for i in (*index[:2], *index[3:])) and isinstance(value, Tensor):
+                if index[2].dim() == 1 and index[2].dtype == torch.int64:
+                    self.index_copy_(2, index[2], value)
+                    return
+        raise NotImplementedError(f"an assignment by index {_WRITES}")
+
+    def __reduce_ex__(self, protocol):
+        return _load, (self.arena, self.layout_key, self.shape[2], self.static)
+
+    def __deepcopy__(self, memo):
+        """Tensor's own would copy `__dict__` after cloning, so the arena twice, and the copy would not be counted."""
+        if id(self) not in memo:
+            memo[id(self)] = _clone(self)
+        return memo[id(self)]
+
+    def tolist(self):
+        return self.dense().tolist()
 
     def __tensor_flatten__(self):
         return ["arena"], (self.layout_key, self.static)
@@ -73,10 +100,7 @@ class CacheHandle(torch.Tensor):
             if isinstance(a, CacheHandle) and s.alias_info is not None and s.alias_info.is_write
         ]
         if written or isinstance(kwargs.get("out"), CacheHandle):
-            raise NotImplementedError(
-                f"{func} writes to a compressed cache, which takes appends at its end, zero_() and copies of another "
-                "compressed cache; clone its content first (tensor.dense()) to edit it"
-            )
+            raise NotImplementedError(f"{func} {_WRITES}")
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
 
@@ -86,6 +110,12 @@ def _plain(x):
 
 def _same(h: CacheHandle, arena: Tensor) -> CacheHandle:
     return CacheHandle(arena, h.layout_key, h.shape[2], h.static)
+
+
+def _load(arena: Tensor, layout_key: str, tokens: int, static: bool) -> CacheHandle:
+    if hasattr(arena, "kvc_tag"):
+        track(arena, arena.kvc_tag)
+    return CacheHandle(arena, layout_key, tokens, static)
 
 
 def _detach(h):

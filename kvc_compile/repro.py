@@ -63,7 +63,7 @@ def value_of(name: str, x: Any) -> str:
         hint = getattr(x.node, "hint", None)
         return repr(int(hint)) if hint is not None else "2"
     if isinstance(x, CacheHandle):
-        length = int(reference.views(x.arena, x.layout).header[0, 0, reference.LENGTH])
+        length = int(reference.views(x.arena, x.stored).header[0, 0, reference.LENGTH])
         return f"handle({tuple(x.shape)}, {length}, {x.layout_key!r}, {x.static}, {str(x.device)!r})"
     if isinstance(x, Tensor):
         about = f"{tuple(x.shape)}, {x.stride()}, {x.dtype}, {str(x.device)!r}"

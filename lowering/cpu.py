@@ -1,4 +1,4 @@
-"""The kvc:: operators on the CPU: the reference semantics, its dequantisation compiled by Inductor where that pays.
+"""The kvc:: operators on the CPU: the reference semantics, its bulk compiled by Inductor where that pays.
 
 Reading a length from an arena costs nothing here, so only the valid tokens are touched. `read` and `grow` run on any
 device: they are not on the path of a decode step.
@@ -14,25 +14,24 @@ from torch import Tensor
 from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
 
-COMPILE_FROM = 1 << 17  # elements of one dequantisation above which a compiled one is worth its compile time
+COMPILE_FROM = 1 << 17  # elements of keys and values above which a compiled attention is worth its compile time
 
 
 @functools.cache
-def _compiled_decode(layout: Layout):
-    def decode_body(planes, params):
-        return reference.decode_body(planes, params, layout)
+def _compiled(k_layout: Layout, v_layout: Layout, scale: float):
+    def part(rows, k_planes, k_params, v_planes, v_params, mask):
+        return reference.attend_body(rows, k_planes, k_params, v_planes, v_params, mask, scale, k_layout, v_layout)
 
-    return torch.compile(decode_body, dynamic=True, fullgraph=True)
+    return torch.compile(part, dynamic=True, fullgraph=True)
 
 
-def decode_body(planes, params, layout: Layout) -> Tensor:
-    """`reference.decode_body`, compiled for large parts."""
-    count = sum(p.numel() * layout.codes_per_word(b) for p, b in zip(planes, layout.planes, strict=True))
-    if layout.codec.kind == "raw":
-        return planes[0]
-    if count < COMPILE_FROM or torch.compiler.is_compiling():
-        return reference.decode_body(planes, params, layout)
-    return _compiled_decode(layout)(planes, params)
+def attend_body(rows, k_planes, k_params, v_planes, v_params, mask, scale, k_layout: Layout, v_layout: Layout):
+    """`reference.attend_body`, compiled for large parts of a packed cache."""
+    stored = k_planes, k_params, v_planes, v_params
+    count = sum(p.numel() * k_layout.codes_per_word(b) for p, b in zip(k_planes, k_layout.planes, strict=True))
+    if count < COMPILE_FROM or not (k_layout.packed or v_layout.packed):
+        return reference.attend_body(rows, *stored, mask, scale, k_layout, v_layout)
+    return _compiled(k_layout, v_layout, scale)(rows, *stored, mask)
 
 
 def start_of(positions: Tensor | None, n: int) -> int | None:
@@ -55,12 +54,12 @@ def attend(
 ) -> Tensor:  # fmt: skip
     start = start_of(positions, k_new.shape[2])
     return reference.attend(
-        q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, decode_body
+        q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, attend_body
     )
 
 
 def read(data: Tensor, tokens: int, layout: Layout) -> Tensor:
-    return reference.read(data, layout, 0, tokens, decode_body)
+    return reference.read(data, layout, 0, tokens)
 
 
 def grow(data: Tensor, tokens: int, layout: Layout) -> Tensor:

@@ -161,7 +161,16 @@ def test_options_in_every_form(tmp_path, model, compiles):
     path = tmp_path / "my.yaml"
     path.write_text("kvc: 1\nbits: 4\n")
     spec = Spec.load(INT4)
-    forms = [INT4, str(path), path, spec, Request(spec), {"spec": INT4}, {"spec": str(path)}, {"spec": spec, "verify": False}]
+    forms = [
+        INT4,
+        str(path),
+        path,
+        spec,
+        Request(spec),
+        {"spec": INT4},
+        {"spec": str(path)},
+        {"spec": spec, "verify": False},
+    ]
     ids = prompt(tokens=40)
     for options in forms:
         compiled = torch.compile(model, backend="kvc", options=options)

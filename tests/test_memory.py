@@ -154,7 +154,7 @@ def test_a_born_cache_is_never_dense_through_inductor(spec):
     with allocations() as made:
         decode(compiled, cache, ids, steps=2)
     assert made.largest < dense_bytes(LONG) / 3
-    assert made.peak < report(model).held().total + dense_bytes(LONG) / 2
+    assert made.peak < report(model).held().total + dense_bytes(LONG) / 8, "no copy of the arenas either"
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
@@ -367,6 +367,7 @@ def test_a_copy_of_a_cache_goes_its_own_way(kind, no_inductor):
     torch.testing.assert_close(decode(compiled, copied, other, steps=3), want, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["static", None])
 def test_many_generations_leak_nothing(kind, no_inductor):
     model, ids = tiny("llama", layers=1), prompt()
@@ -381,8 +382,8 @@ def test_many_generations_leak_nothing(kind, no_inductor):
         return sum(handle.held().values()), len(found), resident
 
     model._cache = None  # `generate` may keep a static cache for the next call
-    held, count, resident = run(20)
-    after = run(200)
+    held, count, resident = run(10)
+    after = run(200 if kind is None else 50)
     assert after[0] <= held and after[1] <= count + 2
     assert after[2] < resident + 16 * 2**20
     assert len(handle._live) <= 4
@@ -391,9 +392,9 @@ def test_many_generations_leak_nothing(kind, no_inductor):
 # ---------------------------------------------------------------- one graph
 
 
-@pytest.mark.parametrize("spec", [LOSSLESS, "int4"])
+@pytest.mark.parametrize(("spec", "steps"), [(LOSSLESS, 64), pytest.param("int4", 512, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_no_recompile_over_512_steps(kind, spec, compiles, no_inductor):
+def test_no_recompile_over_512_steps(kind, spec, steps, compiles, no_inductor):
     """Prefill, decode, and for the growing cache one more when Dynamo learns that its length changes."""
     model, ids = tiny("llama", layers=1), prompt()
     compiled = torch.compile(model, backend="kvc", options=spec)
@@ -402,11 +403,11 @@ def test_no_recompile_over_512_steps(kind, spec, compiles, no_inductor):
         decode(compiled, cache, ids, steps=3)
         started = len(compiles)
         assert started <= (2 if kind == "static" else 3)
-        token = ids[:, :1]
+        token = ids[:, :1].clone()  # contiguous, as all that follow
         with torch.no_grad():
-            for _ in range(512 - 3):
+            for _ in range(steps - 3):
                 token = compiled(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        assert cache.get_seq_length() == 13 + 512
+        assert cache.get_seq_length() == 13 + steps
         decode(compiled, new_cache(model, kind, 1024), ids, steps=3)
     assert len(compiles) == started, "nor for a second cache"
     assert Layout.parse(cache.layers[0].keys.layout_key).codec.kind == ("raw" if spec == LOSSLESS else "int")
