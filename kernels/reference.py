@@ -113,8 +113,8 @@ def blocks(x: Tensor, layout: Layout) -> Tensor:
 
 
 def encode(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """Values [B, H, T, D] to codes (uint8, fp8 or the model's dtype, same shape) and params fp16 [B, H, T/t, groups, k].
-    """
+    """Values [B, H, T, D] to codes of the same shape (uint8, fp8 or the model's dtype) and params, fp16
+    [B, H, T/t, groups, k]."""
     codec = layout.codec
     if codec.kind == "raw":
         return x.to(getattr(torch, layout.dtype)), None

@@ -33,8 +33,10 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     rewritten = rewrite(gm, matches, plan)
     verify(gm, plan)
     trail.rewritten(gm)
-    inputs = [value(p) if any(i.index == n for i in rewritten.inputs) else x
-              for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))]
+    inputs = [
+        value(p) if any(i.index == n for i in rewritten.inputs) else x
+        for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    ]
     lowered = lower(gm, inputs, request, births=rewritten.births)
     return Bound(lowered, rewritten, compiled.called) if plan.entries else lowered
 

@@ -77,7 +77,7 @@ def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
         start = 0 if not bool(tensor.any()) else tensor.shape[2]
     arena = ops.empty(tensor, tensor.shape[0], tensor.shape[2], i.layout)
     if start:
-        ops.append(arena, tensor[:, :, :start], None, i.layout)
+        ops.store(arena, tensor[:, :, :start], None, layout)
     track(arena, Tag(owner, i.layer, i.role))
     become(tensor, CacheHandle(arena, layout.key, tensor.shape[2], static=True))
 

@@ -29,7 +29,7 @@ def backend_of(compiled: Any) -> Any:
         config = getattr(compiled, "get_compiler_config", None)
         cells = getattr(config, "__closure__", None) or ()
         ctx = next((c.cell_contents for c in cells if isinstance(c.cell_contents, _TorchDynamoContext)), None)
-    found = getattr(ctx, "callback", None)
+    found: Any = getattr(ctx, "callback", None)
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend
     return getattr(found, "compiler_fn", found)
@@ -58,7 +58,7 @@ def calls_compiled(module: torch.nn.Module, ctx: _TorchDynamoContext) -> Iterato
 
 
 def _generate(self: OptimizedModule) -> Any:
-    method = self._orig_mod.generate
+    method: Any = self._orig_mod.generate
     if not is_ours(self.dynamo_ctx):
         return method
 
@@ -116,9 +116,9 @@ def _kwargs() -> property:
 def install() -> None:
     """Close the doors; safe to call again, and again after transformers was imported."""
     if not isinstance(OptimizedModule.__dict__.get("generate"), property):
-        OptimizedModule.generate = property(_generate)  # type: ignore[attr-defined]
+        OptimizedModule.generate = property(_generate)  # type: ignore[assignment,attr-defined]
     if not isinstance(torch._TorchCompileWrapper.__dict__.get("kwargs"), property):
-        torch._TorchCompileWrapper.kwargs = _kwargs()  # type: ignore[attr-defined]
+        torch._TorchCompileWrapper.kwargs = _kwargs()  # type: ignore[assignment,attr-defined]
     if not hasattr(torch.nn.Module.compile, "kvc_door"):
         torch.nn.Module.compile = _module_compile(torch.nn.Module.compile)  # type: ignore[method-assign]
     modeling = sys.modules.get("transformers.modeling_utils")

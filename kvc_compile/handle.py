@@ -52,12 +52,13 @@ class CacheHandle(torch.Tensor):
 
     def __setitem__(self, index, value):
         """Elsewhere `x[a:b] = y` writes to a view of x; here that would be a write to a copy, and be lost."""
-        full = slice(None)
-        if isinstance(index, tuple) and len(index) in (3, 4) and isinstance(index[2], Tensor):
-            if all(isinstance(i, slice) and i == full for i in (*index[:2], *index[3:])) and isinstance(value, Tensor):
-                if index[2].dim() == 1 and index[2].dtype == torch.int64:
-                    self.index_copy_(2, index[2], value)
-                    return
+        parts = index if isinstance(index, tuple) and len(index) in (3, 4) else (None, None, None)
+        positions, rest = parts[2], (*parts[:2], *parts[3:])
+        whole = all(isinstance(i, slice) and i == slice(None) for i in rest)
+        tokens = isinstance(positions, Tensor) and positions.dim() == 1 and positions.dtype == torch.int64
+        if whole and tokens and isinstance(value, Tensor):
+            self.index_copy_(2, positions, value)
+            return
         raise NotImplementedError(f"an assignment by index {_WRITES}")
 
     def __reduce_ex__(self, protocol):
@@ -155,14 +156,14 @@ def _copy(dst, src, non_blocking=False):
 def _index_copy(h, dim, index, source):
     if not isinstance(h, CacheHandle) or dim % 4 != 2:
         return NotImplemented
-    ops.append(h.arena, source, index, h.layout_key)
+    ops.append(h.arena, source, index, h.layout_key, [])
     return h
 
 
 def _index_put(h, indices, values, accumulate=False):
     if not isinstance(h, CacheHandle) or accumulate or len(indices) != 3 or any(i is not None for i in indices[:2]):
         return NotImplemented
-    ops.append(h.arena, values, indices[2], h.layout_key)
+    ops.append(h.arena, values, indices[2], h.layout_key, [])
     return h
 
 

@@ -193,6 +193,4 @@ class Layout:
         return encoded + round_up(over, self.flush) if over > 0 else encoded
 
 
-_KEY = re.compile(
-    r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)"
-)
+_KEY = re.compile(r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)")

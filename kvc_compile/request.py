@@ -37,7 +37,7 @@ class Request:
 
     @staticmethod
     def of(options: Any, mode: str | None = None) -> Request:
-        """Read `options` in any form: a Spec, dict, path, preset name, or a dict of one of these and runtime options."""
+        """Read `options`: a Spec, a dict, a path, a preset name, or a dict of one of these and runtime options."""
         runtime: dict[str, Any] = {}
         spec: Any = options
         if isinstance(options, Request):
@@ -47,7 +47,8 @@ class Request:
                 if key not in RUNTIME:
                     near = difflib.get_close_matches(str(key), RUNTIME, 1)
                     hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise OptionError(f"unknown option {key!r} of backend 'kvc': allowed are {', '.join(RUNTIME)}{hint}")
+                    allowed = ", ".join(RUNTIME)
+                    raise OptionError(f"unknown option {key!r} of backend 'kvc': allowed are {allowed}{hint}")
             runtime = {k: v for k, v in options.items() if k != "spec"}
             spec = options["spec"]
         elif isinstance(options, Mapping):

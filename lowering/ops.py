@@ -13,6 +13,8 @@ The CPU runs the reference semantics (`lowering.cpu`), CUDA the Triton kernels (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -39,17 +41,25 @@ def _(like, batch, tokens, layout):
 
 
 @custom_op("kvc::append", mutates_args=("data",))
-def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: str) -> None:
-    """Append x [B, H, n, D]; `positions` int [n] are where the graph writes them: the end of the cache unless given."""
-    parsed = Layout.parse(layout)
+def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: str, after: Sequence[Tensor]) -> None:
+    """Append x [B, H, n, D]; `positions` int [n] are where the graph writes them: the end of the cache unless given.
+
+    after: results of the operators that read the arena before. Nothing is done with them, but in a functional graph
+    they are all that keeps the readers before the append; moved behind it, they would need a copy of the arena.
+    """
+    store(data, x, positions, Layout.parse(layout))
+
+
+def store(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) -> None:
+    """`append` as a plain function."""
     if data.is_cuda:
-        _kernels().append(data, x, parsed, positions)
+        _kernels().append(data, x, layout, positions)
     else:
-        cpu.append(data, x, positions, parsed)
+        cpu.append(data, x, positions, layout)
 
 
 @append.register_fake
-def _(data, x, positions, layout):
+def _(data, x, positions, layout, after):
     return None
 
 
@@ -58,7 +68,7 @@ def encode(x: Tensor, tokens: int, layout: str) -> Tensor:
     """A new arena with room for `tokens` tokens that holds x [B, H, n, D]."""
     parsed = Layout.parse(layout)
     data = torch.zeros(x.shape[0], parsed.row_bytes(tokens), dtype=torch.uint8, device=x.device)
-    append(data, x, None, layout)
+    store(data, x, None, parsed)
     return data
 
 
@@ -72,7 +82,7 @@ def extend(data: Tensor, x: Tensor, layout: str) -> Tensor:
     """A copy of the arena with room for n more tokens and x [B, H, n, D] appended."""
     parsed = Layout.parse(layout)
     grown = cpu.resize(data, _extended(data.shape[1], x.shape[2], parsed), parsed)
-    append(grown, x, None, layout)
+    store(grown, x, None, parsed)
     return grown
 
 

@@ -26,6 +26,7 @@ _SOFTMAX = {torch.softmax, F.softmax, torch.nn.functional.softmax, "softmax"}
 _SOFTMAX_ARGS = signature("(input, dim=None, _stacklevel=3, dtype=None)")
 _SOFTMAX_METHOD = signature("(input, dim=None, dtype=None)")
 _MATMUL = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
+_WHOLE_MODULES = ("multi_head_attention_forward", "_native_multi_head_attention")
 _DROPOUT = signature("(input, p=0.5, training=True, inplace=False)")
 
 
@@ -65,6 +66,8 @@ def find_attention(graph: Graph) -> list[Attention | NotAttention]:
                 found.append(match)
         elif node.op == "call_function" and "flex_attention" in str(getattr(node.target, "__name__", node.target)):
             found.append(NotAttention(node, "flex_attention is not supported yet; use attn_implementation='sdpa'"))
+        elif getattr(node.target, "__name__", "") in _WHOLE_MODULES:
+            found.append(NotAttention(node, "torch.nn.MultiheadAttention has no cache to compress"))
     return found
 
 

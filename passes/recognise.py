@@ -263,6 +263,4 @@ def without_gradients(found: list[Match | Declined], example_inputs: list) -> li
     if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return found
     reason = "gradients are enabled: run the model under torch.no_grad()"
-    return [
-        m if isinstance(m, Declined) else Declined(m.site.index, m.site.node, reason, m.site.where) for m in found
-    ]
+    return [m if isinstance(m, Declined) else Declined(m.site.index, m.site.node, reason, m.site.where) for m in found]

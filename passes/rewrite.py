@@ -26,7 +26,7 @@ from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
 from kvc_compile.passes.caches import Buffer, Concat, Decline
-from kvc_compile.passes.fx import copy_meta, erase_unused, output, shape, value
+from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value
 from kvc_compile.passes.recognise import Match
 from kvc_compile.passes.views import dims
 from kvc_compile.plan import SLACK, Plan, SitePlan
@@ -104,6 +104,7 @@ class _Rewrite:
         self.dead: list[Node] = []
         self.arenas: dict[Node, Node] = {}  # cache tensor -> arena
         self.last_read: dict[Node, Node] = {}
+        self.reads: dict[Node, list[Node]] = {}  # cache tensor -> operators that read its arena
         self.checked: set[tuple[Node | None, Node]] = set()
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
 
@@ -151,6 +152,8 @@ class _Rewrite:
         self.dead += [a.node]
         for c, layout in ((m.key, p.key), (m.value, p.value)):
             self.last_read[c.node] = new
+            if not m.alone:
+                self.reads.setdefault(c.node, []).append(new)
             self.appends[c.node] = (c, layout, m)
         self.dead += [*a.inner, *m.paths]
 
@@ -205,6 +208,11 @@ class _Rewrite:
     def sizes(self, metadata: tuple[Node, ...]) -> None:
         """Reads of a handle's sizes become constants or the graph's own symbols."""
         for n in metadata:
+            if isinstance(value(n), torch.Size):
+                for u in [u for u in n.users if is_call(u, operator.getitem) and isinstance(u.args[1], int)]:
+                    if u.users:
+                        u.replace_all_uses_with(size_value(u, self.placeholders))
+                    self.graph.erase_node(u)
             if n.users:
                 n.replace_all_uses_with(size_value(n, self.placeholders))
             self.graph.erase_node(n)
@@ -215,11 +223,12 @@ class _Rewrite:
         for cache, (c, layout, m) in self.appends.items():
             arena = self.arenas[cache]
             role = "keys" if c is m.key else "values"
+            reads = self.reads.get(cache, [])
             with self.graph.inserting_after(self.last_read[cache]):
                 if isinstance(c, Buffer):
-                    self.call(kvc.append.default, arena, c.x, c.positions, layout.key, like=c.append)
+                    self.call(kvc.append.default, arena, c.x, c.positions, layout.key, reads, like=c.append)
                 elif shape(c.x)[2] == 1:  # type: ignore[index]
-                    self.call(kvc.append.default, arena, c.x, None, layout.key, like=c.node)
+                    self.call(kvc.append.default, arena, c.x, None, layout.key, reads, like=c.node)
                 else:
                     arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
             if isinstance(c, Buffer):
@@ -291,4 +300,3 @@ def convert_placeholder(node: Node, i: Input) -> None:
     node.meta["example_value"] = arena
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta.pop("grapharg", None)
-

@@ -111,9 +111,7 @@ def _repeat_interleave(node: Node) -> tuple[Node, int] | None:
     if not is_call(node, "repeat_interleave", torch.repeat_interleave):
         return None
     names = ("input", "repeats", "dim", "output_size")
-    bound = dict(zip(names, node.args, strict=False)) | {
-        {"self": "input"}.get(k, k): v for k, v in node.kwargs.items()
-    }
+    bound = dict(zip(names, node.args, strict=False)) | {{"self": "input"}.get(k, k): v for k, v in node.kwargs.items()}
     x, g = bound.get("input"), bound.get("repeats")
     s = shape(x)
     if not isinstance(x, Node) or not isinstance(g, int) or bound.get("dim") not in (1, -3) or not s or len(s) != 4:

@@ -242,7 +242,7 @@ def test_kvc_compile_takes_a_module():
         kvc_compile.compile(lambda x: x, INT4)
 
 
-# ---------------------------------------------------------------- one compile for equal specs, another for a changed file
+# ---------------------------------------------------------------- one compile for equal specs, new for a changed file
 
 
 def test_equal_specs_share_a_compile(model, compiles):

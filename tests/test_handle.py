@@ -222,7 +222,7 @@ def test_appending(name, how):
         assert handle.index_copy_(-2 if how.endswith("2") and "-" in how else 2, positions, x) is handle
     got = handle.dense()
     twin = make(name)
-    ops.append(twin.arena, x, positions, twin.layout_key)
+    ops.append(twin.arena, x, positions, twin.layout_key, [])
     assert torch.equal(got, twin.dense()) and not got[:, :, N + 5 :].any()
     tolerance = 0 if name == "raw" else 0.3 if name == "int4" else 0.03
     torch.testing.assert_close(got[:, :, N : N + 5], x, atol=tolerance, rtol=0)
@@ -279,7 +279,7 @@ def samples(op: str, name: str):
     if op == "encode":
         return (torch.randn(2, 2, 50, 16), ROOM, key)
     if op == "append":
-        return (arena, x, torch.tensor([N]), key)
+        return (arena, x, torch.tensor([N]), key, [x])
     if op == "extend":
         return (arena, torch.randn(2, 2, 7, 16), key)
     if op == "read":
