@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-LONG_SPEC = ROOT / "examples" / "specs" / "long-context-4bit.yaml"
+LONG_SPEC = "examples/specs/long-context-4bit.yaml"
 
 
 def command(*words: str) -> str:
@@ -50,7 +50,7 @@ def kernels() -> dict[str, Any]:
 
 
 def model() -> dict[str, Any]:
-    return json.loads(command(str(HERE / "long_context.py"), "--all", "--spec", str(LONG_SPEC)).splitlines()[-1])
+    return json.loads(command(str(HERE / "long_context.py"), "--all", "--spec", LONG_SPEC).splitlines()[-1])
 
 
 def demo() -> dict[str, Any]:
@@ -73,7 +73,7 @@ def setup() -> dict[str, Any]:
         "triton": triton.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or os.environ.get("KVC_COMMIT", "unknown"),
+        "commit": commit.stdout.strip() if commit.returncode == 0 else os.environ.get("KVC_COMMIT", "unknown"),
     }
 
 
