@@ -62,7 +62,8 @@ class CacheHandle(torch.Tensor):
         raise NotImplementedError(f"an assignment by index {_WRITES}")
 
     def __reduce_ex__(self, protocol):
-        return _load, (self.arena, self.layout_key, self.shape[2], self.static)
+        plain = self.arena.detach()  # without what is remembered on the arena itself
+        return _load, (plain, self.layout_key, self.shape[2], self.static)
 
     def __deepcopy__(self, memo):
         """Tensor's own would copy `__dict__` after cloning, so the arena twice, and the copy would not be counted."""
