@@ -97,7 +97,9 @@ def tensors() -> dict[int, Tensor]:
             try:
                 storage = o.untyped_storage()
                 if storage.nbytes() and not torch._is_functional_tensor(o):
-                    found[storage.data_ptr()] = o
+                    arena = o.dtype == torch.uint8 and o.dim() == 2
+                    if arena or storage.data_ptr() not in found:  # the arena itself, not a view into it
+                        found[storage.data_ptr()] = o
             except (RuntimeError, NotImplementedError):
                 continue
     return found

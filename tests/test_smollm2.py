@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -35,6 +37,7 @@ def test_bytes_held_are_the_bytes_planned(smollm2, no_inductor):
     model, tokenizer = smollm2
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     compiled = torch.compile(model, backend="kvc", options="kivi-4bit")
+    gc.collect()
     before = sum(held().values())
     out = compiled.generate(
         ids, max_new_tokens=8, do_sample=False, cache_implementation="static", return_dict_in_generate=True
