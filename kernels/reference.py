@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvc_compile.layout import HEADER_WORDS, TILE, Codec, Layout
+from kvc_compile.layout import HEADER_WORDS, TILE, Layout
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -434,8 +434,3 @@ def check_mask(mask: Tensor, total: int) -> None:
     tail = mask[..., total:]
     if tail.numel() and bool((tail if tail.dtype == torch.bool else tail > HIDDEN).any()):
         raise ValueError(f"the attention mask shows positions from {total} on, which the cache does not hold")
-
-
-def codec_of(bits: int, block: tuple[int, int], zero_point: bool = True) -> Codec:
-    """Shorthand for an integer codec."""
-    return Codec("int", bits, block, zero_point)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvc_compile.layout import Codec, Layout
 from kvc_compile.sites import CacheTensor, Declined, Site
-from kvc_compile.spec import Spec, SpecError, TensorSpec
+from kvc_compile.spec import Spec, TensorSpec
 
 WORD = {"cpu": 8, "cuda": 16}  # bits of a packing word: what the device unpacks fastest
 SLACK = 256  # tokens by which a cache of no fixed length grows at a time
@@ -64,17 +64,9 @@ def make_plan(
         if isinstance(s, Declined):
             entries.append(s)
             continue
-        try:
-            asked = spec.layer(s.layer, layers)
-            entries.append(
-                SitePlan(
-                    s,
-                    existing.get(s.key.buffer) or layout_of(asked.k, s.key, device),
-                    existing.get(s.value.buffer) or layout_of(asked.v, s.value, device),
-                )
-            )
-        except SpecError:
-            raise
+        asked = spec.layer(s.layer, layers)
+        key = existing.get(s.key.buffer) or layout_of(asked.k, s.key, device)
+        entries.append(SitePlan(s, key, existing.get(s.value.buffer) or layout_of(asked.v, s.value, device)))
     return Plan(tuple(entries))
 
 
