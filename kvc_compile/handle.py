@@ -214,7 +214,8 @@ def track(arena: Tensor, tag: Tag) -> None:
         return
     arena.kvc_tag = tag  # type: ignore[attr-defined]
     key = id(arena)
-    _live[key] = weakref.ref(arena, lambda _: _live.pop(key, None))
+    live = _live  # the module's name for it is gone when the last arenas die at exit
+    live[key] = weakref.ref(arena, lambda _: live.pop(key, None))
 
 
 def held(owner: str | None = None) -> dict[tuple[int, str], int]:

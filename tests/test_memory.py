@@ -356,7 +356,6 @@ def test_two_caches_side_by_side(kind, spec, no_inductor):
         torch.testing.assert_close(torch.cat(mine, 1), alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.skip(reason="open: the copy of a dynamic cache is not counted by held()")
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_copy_of_a_cache_goes_its_own_way(kind, no_inductor):
     model = tiny("llama")
@@ -365,8 +364,8 @@ def test_a_copy_of_a_cache_goes_its_own_way(kind, no_inductor):
     decode(compiled, cache, ids, steps=0)
     copied = copy.deepcopy(cache)
     want = decode(compiled, cache, other, steps=3)
-    held = report(model).held().total
-    assert held == live_arenas(), "the copy is counted"
+    gc.collect()  # compiling leaves cycles that hold the arguments of the call it was for
+    assert report(model).held().total == live_arenas(), "the copy is counted"
     torch.testing.assert_close(decode(compiled, copied, other, steps=3), want, atol=1e-5, rtol=0)
 
 
@@ -395,23 +394,16 @@ def test_many_generations_leak_nothing(kind, no_inductor):
 # ---------------------------------------------------------------- one graph
 
 
-@pytest.mark.skip(reason="open: fails, cause not yet looked into")
 @pytest.mark.parametrize(("spec", "steps"), [(LOSSLESS, 64), pytest.param("int4", 512, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_no_recompile_over_512_steps(kind, spec, steps, compiles, no_inductor):
-    """Prefill, decode, and for the growing cache one more when Dynamo learns that its length changes."""
+    """One graph for prefill and one for decode; the growing cache's length is no constant in either."""
     model, ids = tiny("llama", layers=1), prompt()
     compiled = torch.compile(model, backend="kvc", options=spec)
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        cache = new_cache(model, kind, 1024)
-        decode(compiled, cache, ids, steps=3)
-        started = len(compiles)
-        assert started <= (2 if kind == "static" else 3)
-        token = ids[:, :1].clone()  # contiguous, as all that follow
-        with torch.no_grad():
-            for _ in range(steps - 3):
-                token = compiled(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        assert cache.get_seq_length() == 13 + steps
-        decode(compiled, new_cache(model, kind, 1024), ids, steps=3)
-    assert len(compiles) == started, "nor for a second cache"
+    cache = new_cache(model, kind, 1024)
+    decode(compiled, cache, ids, steps=steps)
+    assert cache.get_seq_length() == 13 + steps
+    assert len(compiles) == 2
+    decode(compiled, new_cache(model, kind, 1024), ids, steps=3)
+    assert len(compiles) == 2, "nor for a second cache"
     assert Layout.parse(cache.layers[0].keys.layout_key).codec.kind == ("raw" if spec == LOSSLESS else "int")
