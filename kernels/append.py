@@ -22,7 +22,6 @@ import triton.language as tl
 from kvc_compile.kernels.codec import (
     FP8,
     INT,
-    Form,
     exact_offset,
     header_pointer,
     plane_pointer,
@@ -32,6 +31,7 @@ from kvc_compile.kernels.codec import (
     typed,
     word_rows,
 )
+from kvc_compile.kernels.form import Form
 from kvc_compile.layout import TILE
 
 

@@ -1,4 +1,5 @@
-"""The kvc:: operators on the CPU: the reference semantics, its bulk compiled by Inductor where that pays.
+"""The kvc:: operators on the CPU: the reference semantics, its bulk compiled by Inductor where that pays, and decode
+steps over caches that are not small by the C++ kernels of `lowering.native`.
 
 Reading a length from an arena costs nothing here, so only the valid tokens are touched. `read` and `grow` run on any
 device: they are not on the path of a decode step.
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
+from kvc_compile.lowering import native
 
 COMPILE_FROM = 1 << 17  # elements of keys and values above which a compiled attention is worth its compile time
 
@@ -38,14 +40,18 @@ def start_of(positions: Tensor | None, n: int) -> int | None:
     """The first position; an error unless the positions are consecutive."""
     if positions is None:
         return None
+    if n == 1 and positions.numel() == 1:
+        return int(positions)
     first = int(positions.reshape(-1)[0])
-    if positions.numel() != n or (n > 1 and not torch.equal(positions, torch.arange(first, first + n))):
+    if positions.numel() != n or not torch.equal(positions, torch.arange(first, first + n)):
         raise ValueError(f"a compressed cache takes consecutive positions, got {positions.tolist()} for {n} tokens")
     return first
 
 
 def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) -> None:
-    reference.append(data, x, layout, start_of(positions, x.shape[2]))
+    start = start_of(positions, x.shape[2])
+    if not (native.appends(data, x, layout) and native.append(data, x, start, layout)):
+        reference.append(data, x, layout, start)
 
 
 def attend(
@@ -53,6 +59,10 @@ def attend(
     positions: Tensor | None, causal: bool, scale: float, k_layout: Layout, v_layout: Layout,
 ) -> Tensor:  # fmt: skip
     start = start_of(positions, k_new.shape[2])
+    if native.attends(q, k_data, k_layout, v_layout) and start != 0:
+        out = native.attend(q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout)
+        if out is not None:
+            return out
     return reference.attend(
         q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, attend_body
     )

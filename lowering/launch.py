@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvc_compile.kernels import append as A
 from kvc_compile.kernels import attend as T
-from kvc_compile.kernels.codec import form
+from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
 
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
