@@ -31,10 +31,10 @@ def _kernels():
 _library = torch.library.Library("kvc", "DEF")
 
 
-def operator(mutates: Sequence[str] = ()) -> Callable:
+def operator(mutates: Sequence[str] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
     """Register a function as the operator of its name. `torch.library.custom_op` costs 13 us more a call."""
 
-    def register(f: Callable) -> Callable:
+    def register(f: Callable) -> torch._ops.OpOverload:
         schema = torch.library.infer_schema(f, mutates_args=mutates)
         _library.define(f.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(f.__name__, f, "CompositeExplicitAutograd")
@@ -43,7 +43,7 @@ def operator(mutates: Sequence[str] = ()) -> Callable:
     return register
 
 
-def shapes(op: Callable) -> Callable:
+def shapes(op: torch._ops.OpOverload) -> Callable:
     """Register a function as what tracing calls in the operator's place."""
     return torch.library.register_fake(op, lib=_library)
 
