@@ -41,7 +41,7 @@ def test_wheel_holds_the_tree(tmp_path: Path) -> None:
         str(p.relative_to(ROOT))
         for folder in ("kvc_compile", *(f"kvc_compile/{n}" for n in LINKED))
         for p in (ROOT / folder).rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts and p.suffix in (".py", ".yaml", ".json", ".html")
+        if p.is_file() and "__pycache__" not in p.parts and p.suffix in (".py", ".yaml", ".json", ".html", ".cpp")
     }
     assert inside == expected
     assert "kvc_compile/spec/schema.json" in inside and "kvc_compile/spec/presets/kivi-4bit.yaml" in inside
