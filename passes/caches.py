@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -134,3 +135,23 @@ def read_concat(node: Node) -> Concat:
         name = getattr(past.target, "__name__", past.target)
         raise Decline(f"the cache that {node} extends comes from `{name}`, not from the caller")
     return Concat(node, past, x, tuple(u for u in past.users if is_call(u, *SIZES)))
+
+
+def read_sizes(node: Node) -> list[Node]:
+    """A read of sizes, after the reads of its elements where it is a tuple of them."""
+    if not isinstance(value(node), torch.Size):
+        return [node]
+    return [*(u for u in node.users if is_call(u, operator.getitem) and isinstance(u.args[1], int)), node]
+
+
+def size_value(node: Node, placeholders: list[Node]) -> Any:
+    """What a read of a size of a cache tensor is without that tensor: a constant, or the input of the same symbol."""
+    v = value(node)
+    if isinstance(v, (int, bool)):
+        return v
+    if isinstance(v, torch.SymInt):
+        for p in placeholders:
+            s = value(p)
+            if isinstance(s, torch.SymInt) and s.node.expr == v.node.expr:
+                return p
+    raise Decline(f"the size {v} of a cache is used, and is no input of the graph")

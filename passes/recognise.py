@@ -16,6 +16,7 @@ Everything else is `Declined` with the reason.
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kvc_compile.handle import CacheHandle
 from kvc_compile.passes.attention import Attention, NotAttention, find_attention
-from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, trace_operand
+from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, read_sizes, size_value, trace_operand
 from kvc_compile.passes.fx import (
     is_call,
     is_mutation,
@@ -237,6 +238,12 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
                 raise Decline(f"{source(c.past)} is also used by `{name}`")
             if user in c.metadata and user.users and is_call(user, "stride", "is_contiguous"):
                 raise Decline(f"the strides of {source(c.past)} are used")
+    if not (isinstance(c, Buffer) and c.born):
+        placeholders = list(out.graph.find_nodes(op="placeholder"))
+        for n in (n for m in c.metadata for n in read_sizes(m)):
+            left = [u for u in n.users if not (isinstance(value(n), torch.Size) and is_call(u, operator.getitem))]
+            if left:
+                size_value(n, placeholders)
     if isinstance(c, Concat) and out not in c.node.users:
         raise Decline(f"{what} is not returned to the caller, so nothing keeps it")
 

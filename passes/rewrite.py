@@ -25,8 +25,8 @@ from torch.fx import Graph, GraphModule, Node
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
-from kvc_compile.passes.caches import Buffer, Concat, Decline
-from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value
+from kvc_compile.passes.caches import Buffer, Concat, read_sizes, size_value
+from kvc_compile.passes.fx import copy_meta, erase_unused, output, shape, value
 from kvc_compile.passes.recognise import Match
 from kvc_compile.passes.views import dims
 from kvc_compile.plan import SLACK, Plan, SitePlan
@@ -207,12 +207,7 @@ class _Rewrite:
 
     def sizes(self, metadata: tuple[Node, ...]) -> None:
         """Reads of a handle's sizes become constants or the graph's own symbols."""
-        for n in metadata:
-            if isinstance(value(n), torch.Size):
-                for u in [u for u in n.users if is_call(u, operator.getitem) and isinstance(u.args[1], int)]:
-                    if u.users:
-                        u.replace_all_uses_with(size_value(u, self.placeholders))
-                    self.graph.erase_node(u)
+        for n in (n for m in metadata for n in read_sizes(m)):
             if n.users:
                 n.replace_all_uses_with(size_value(n, self.placeholders))
             self.graph.erase_node(n)
@@ -261,19 +256,6 @@ class _Rewrite:
                     n = self.graph.call_method("size", (c.x, 2))
                     copy_meta(n, c.node, shape(c.x)[2])  # type: ignore[index]
             self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, self.number(n), past))
-
-
-def size_value(node: Node, placeholders: list[Node]) -> Any:
-    """What a read of a size of a handle is: a constant, or the placeholder of the same symbol."""
-    v = value(node)
-    if isinstance(v, (int, bool)):
-        return v
-    if isinstance(v, torch.SymInt):
-        for p in placeholders:
-            s = value(p)
-            if isinstance(s, torch.SymInt) and s.node.expr == v.node.expr:
-                return p
-    raise Decline(f"the size {v} of a compressed cache is used and is no input of the graph")
 
 
 def first_position(positions: Node, placeholders: list[Node]) -> int | None:
