@@ -1,6 +1,6 @@
 """The dump: what the backend did to each graph, as a folder to read from top to bottom.
 
-    <dump>/<graph id>/          id: digest of the captured graph's text
+    <dump>/<graph id>/          id: digest of the spec and of the captured graph
         README.md               what was found, what it saves, how to read the rest
         0_captured.py           the graph as Dynamo hands it over, with shapes and the user's source lines
         1_rewritten.py          the same after the rewrite (absent if the backend stopped before)
@@ -50,7 +50,7 @@ class Trail:
         if not self.active:
             return
         self.captured = text_of(gm)
-        self.id = hashlib.sha256(self.captured.encode()).hexdigest()[:12]
+        self.id = hashlib.sha256(f"{request.spec.digest}\n{self.captured}".encode()).hexdigest()[:12]
         self.folder = Path(request.dump) / self.id if request.dump is not None else None
         self.emit("0_captured.py", self.captured)
         self.emit("sites.json", as_json(sites_data(plan)))
