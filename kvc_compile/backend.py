@@ -33,12 +33,13 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     rewritten = rewrite(gm, matches, plan)
     verify(gm, plan)
     trail.rewritten(gm)
+    changed = {i.index for i in rewritten.inputs} | {n for n, _ in rewritten.dense}
     inputs = [
-        value(p) if any(i.index == n for i in rewritten.inputs) else x
+        value(p) if n in changed else x
         for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     ]
     lowered = lower(gm, inputs, request, births=rewritten.births)
-    return Bound(lowered, rewritten, compiled.called) if plan.entries else lowered
+    return Bound(lowered, rewritten, compiled.called) if plan.entries or rewritten.dense else lowered
 
 
 def lower(gm: GraphModule, inputs: list[Any], request: Request, births: bool):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvc_compile.handle import CacheHandle, Tag, become, track
+from kvc_compile.handle import CacheHandle, Tag, become, growing, track
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
 from kvc_compile.plan import SLACK
 
+log = logging.getLogger("kvc_compile")
 _owners = iter(range(1, 1 << 62))
 
 
@@ -43,6 +45,8 @@ class Bound:
         call = list(args)
         for i in self.rewritten.inputs:
             call[i.index] = take(args, i, owner).arena
+        for index, stays in self.rewritten.dense:
+            call[index] = release(args[index]) if stays else args[index].dense()
         outs = list(self.lowered(*call))
         results = outs[: self.rewritten.results]
         for o in self.rewritten.outputs:
@@ -70,6 +74,13 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
     return tensor
 
 
+def release(handle: CacheHandle) -> Tensor:
+    """Turn a handle into the plain tensor of its content, in place."""
+    log.warning("kvc: a compressed cache %s is written by what is no append: it is plain now", tuple(handle.shape))
+    become(handle, handle.dense())
+    return handle
+
+
 def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
     """Turn the caller's cache tensor [B, H, L, D] into a handle that holds its first `start` tokens, in place."""
     layout = Layout.parse(i.layout)
@@ -92,10 +103,5 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
     if not o.static:
         if layout.body_tokens(tokens + 1) > layout.capacity_of(arena.shape[1]):
             arena = cpu.grow(arena, tokens + SLACK, layout)  # the next token must fit without moving the arena
-        torch._dynamo.maybe_mark_dynamic(arena, 1)
-        arena.kvc_length = tokens
     track(arena, Tag(owner, o.layer, o.role))
-    handle = CacheHandle(arena, o.layout, tokens, o.static)
-    if not o.static:
-        torch._dynamo.maybe_mark_dynamic(handle, 2)
-    return handle
+    return CacheHandle(arena, o.layout, tokens, True) if o.static else growing(arena, o.layout, tokens)

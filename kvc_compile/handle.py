@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
+from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import ops
 
@@ -50,6 +52,10 @@ class CacheHandle(torch.Tensor):
     def stored(self) -> Layout:  # not `layout`, which every tensor has already
         return Layout.parse(self.layout_key)
 
+    def __getitem__(self, index):
+        tokens = first_tokens(self, index)
+        return super().__getitem__(index) if tokens is None else crop(self, tokens)
+
     def __setitem__(self, index, value):
         """Elsewhere `x[a:b] = y` writes to a view of x; here that would be a write to a copy, and be lost."""
         parts = index if isinstance(index, tuple) and len(index) in (3, 4) else (None, None, None)
@@ -70,6 +76,12 @@ class CacheHandle(torch.Tensor):
         if id(self) not in memo:
             memo[id(self)] = _clone(self)
         return memo[id(self)]
+
+    def repeat_interleave(self, repeats, dim=None, *, output_size=None):
+        """Whole sequences are repeated compressed. (No dispatch sees this operator, only what it is made of.)"""
+        if isinstance(repeats, int) and dim == 0:
+            return self.index_select(0, torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats))
+        return self.dense().repeat_interleave(repeats, dim, output_size=output_size)
 
     def tolist(self):
         return self.dense().tolist()
@@ -101,6 +113,9 @@ class CacheHandle(torch.Tensor):
             for a, s in zip(args, func._schema.arguments, strict=False)
             if isinstance(a, CacheHandle) and s.alias_info is not None and s.alias_info.is_write
         ]
+        if written and isinstance(written[0].arena, FakeTensor):  # Dynamo traces it: see `rewrite`, which allows it
+            func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+            return written[0]
         if written or isinstance(kwargs.get("out"), CacheHandle):
             raise NotImplementedError(f"{func} {_WRITES}")
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
@@ -125,12 +140,58 @@ def _detach(h):
 
 
 def _clone(h, *, memory_format=None):
-    copy = h.arena.clone()
+    return _owned(h, h.arena.clone())
+
+
+def _owned(h, arena: Tensor) -> CacheHandle:
+    """A handle like `h` on an arena of its own."""
     if hasattr(h.arena, "kvc_length"):
-        copy.kvc_length = h.arena.kvc_length
+        arena.kvc_length = h.arena.kvc_length
     if hasattr(h.arena, "kvc_tag"):
-        track(copy, h.arena.kvc_tag)
-    return _same(h, copy)
+        track(arena, h.arena.kvc_tag)
+    return _same(h, arena)
+
+
+def _index_select(h, dim, index):
+    """Some sequences of the batch, in any order: as beam search does."""
+    return _owned(h, h.arena.index_select(0, index)) if isinstance(h, CacheHandle) and dim % 4 == 0 else NotImplemented
+
+
+def _index(h, indices):
+    first, rest = indices[0], indices[1:]
+    if not isinstance(h, CacheHandle) or first is None or any(i is not None for i in rest) or first.dim() != 1:
+        return NotImplemented
+    return _owned(h, h.arena[first])
+
+
+def first_tokens(h: CacheHandle, index: object) -> int | None:
+    """n where `index` cuts a cache that grows to its first n tokens, `[..., :n, :]`: as assisted decoding crops it."""
+    if h.static or not isinstance(index, tuple) or isinstance(h.arena, FakeTensor):
+        return None
+    parts = [*index]
+    if Ellipsis in parts[:1]:
+        parts[:1] = [slice(None)] * (5 - len(parts))
+    cut, whole = (parts + [None] * 4)[2], [p for i, p in enumerate(parts) if i != 2]
+    if not isinstance(cut, slice) or any(p != slice(None) for p in whole) or len(parts) > 4:
+        return None
+    start, stop, step = cut.indices(h.shape[2])
+    return stop if start == 0 and step == 1 and 0 < stop < h.shape[2] else None
+
+
+def crop(h: CacheHandle, tokens: int) -> CacheHandle:
+    """A copy that holds the first tokens only; not a view, so writes to it are on it alone."""
+    out = _clone(h)
+    reference.rewind(out.arena, h.stored, tokens)
+    return growing(out.arena, h.layout_key, tokens)
+
+
+def growing(arena: Tensor, layout_key: str, tokens: int) -> CacheHandle:
+    """A handle whose length changes from step to step: one graph for all lengths."""
+    torch._dynamo.maybe_mark_dynamic(arena, 1)
+    arena.kvc_length = tokens  # type: ignore[attr-defined]
+    handle = CacheHandle(arena, layout_key, tokens, False)
+    torch._dynamo.maybe_mark_dynamic(handle, 2)
+    return handle
 
 
 def _zero(h):
@@ -177,17 +238,19 @@ _HANDLERS = {
     aten.copy_.default: _copy,
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
 }
 
 
-def become(tensor: Tensor, handle: CacheHandle) -> None:
-    """The Python object `tensor` becomes what `handle` is, for everyone who holds it; its old storage is released.
+def become(tensor: Tensor, other: Tensor) -> None:
+    """The Python object `tensor` becomes what `other` is, for everyone who holds it; its old storage is released.
 
     `torch.utils.swap_tensors` refuses tensors with weak references, and Dynamo's guards hold some.
     """
-    tensor.__class__, handle.__class__ = handle.__class__, tensor.__class__
-    tensor.__dict__, handle.__dict__ = handle.__dict__, tensor.__dict__
-    torch._C._swap_tensor_impl(tensor, handle)
+    tensor.__class__, other.__class__ = other.__class__, tensor.__class__
+    tensor.__dict__, other.__dict__ = other.__dict__, tensor.__dict__
+    torch._C._swap_tensor_impl(tensor, other)
 
 
 # ---------------------------------------------------------------- accounting

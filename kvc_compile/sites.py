@@ -30,13 +30,14 @@ class Site:
     index: int  # order of attention in the graph
     layer: int
     node: str
-    pattern: str  # "sdpa" or "softmax"
+    pattern: str  # "sdpa" or "softmax"; "read back": not rewritten itself, its compressed cache is read in full for it
     query_heads: int
     scale: float
     mask: str  # "none", "causal" or the node of the mask
     key: CacheTensor
     value: CacheTensor
     where: str  # the user's source line
+    note: str = ""  # why it is read back
 
 
 @dataclass(frozen=True)

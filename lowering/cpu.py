@@ -1,8 +1,8 @@
 """The kvc:: operators on the CPU: the reference semantics, its bulk compiled by Inductor where that pays, and decode
 steps over caches that are not small by the C++ kernels of `lowering.native`.
 
-Reading a length from an arena costs nothing here, so only the valid tokens are touched. `read` and `grow` run on any
-device: they are not on the path of a decode step.
+Reading a length from an arena costs nothing here, so only the valid tokens are touched. `grow` runs on any device: it
+is not on the path of a decode step.
 """
 
 from __future__ import annotations

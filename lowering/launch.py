@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvc_compile.kernels import append as A
 from kvc_compile.kernels import attend as T
+from kvc_compile.kernels import read as R
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
 
@@ -125,6 +126,19 @@ def attend(
                 parts, lse, out, n, splits,
                 G=groups, BS=MERGE, D=v_form.channels, DV=pad(v_form.channels), num_warps=4,
             )  # fmt: skip
+    return out
+
+
+def read(data: Tensor, tokens: int, layout: Layout) -> Tensor:
+    """The first `tokens` positions as values [B, H, tokens, D]: see `kernels.reference.read`."""
+    f = form(layout)
+    batch = data.shape[0]
+    out = torch.empty(batch, f.heads, tokens, f.channels, dtype=getattr(torch, layout.dtype), device=data.device)
+    bn = 32
+    with on(data.device):
+        R.read_tokens[triton.cdiv(tokens, bn), batch * f.heads](
+            data, out, data.stride(0), layout.capacity_of(data.shape[1]), tokens, BN=bn, DP=pad(f.channels), F=f
+        )
     return out
 
 

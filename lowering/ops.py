@@ -118,6 +118,8 @@ def _(data, x, layout):
 @operator()
 def read(data: Tensor, tokens: int, layout: str) -> Tensor:
     """The first `tokens` positions as values [B, H, tokens, D] in the model's dtype; zeros past the end."""
+    if data.is_cuda and tokens:
+        return _kernels().read(data, tokens, Layout.parse(layout))
     out = cpu.read(data, tokens, Layout.parse(layout))
     return out.clone() if out.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else out
 

@@ -22,10 +22,11 @@ SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attentio
 _SDPA = signature(
     "(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False)"
 )
-_SOFTMAX = {torch.softmax, F.softmax, torch.nn.functional.softmax, "softmax"}
+SOFTMAX = {torch.softmax, F.softmax, torch.nn.functional.softmax, "softmax"}
 _SOFTMAX_ARGS = signature("(input, dim=None, _stacklevel=3, dtype=None)")
 _SOFTMAX_METHOD = signature("(input, dim=None, dtype=None)")
-_MATMUL = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
+MATMUL = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
+PRODUCTS = MATMUL | {torch.baddbmm, torch.einsum, "baddbmm"}
 _WHOLE_MODULES = ("multi_head_attention_forward", "_native_multi_head_attention")
 _DROPOUT = signature("(input, p=0.5, training=True, inplace=False)")
 
@@ -60,7 +61,7 @@ def find_attention(graph: Graph) -> list[Attention | NotAttention]:
     for node in graph.nodes:
         if is_call(node, *SDPA):
             found.append(read_sdpa(node))
-        elif is_call(node, *_SOFTMAX):
+        elif is_call(node, *SOFTMAX):
             match = read_softmax(node)
             if match is not None:
                 found.append(match)
@@ -100,7 +101,27 @@ def _is_mask(node: Any, scores: Node) -> bool:
 
 
 def read_softmax(node: Node) -> Attention | NotAttention | None:
-    """Read hand-written attention around a softmax; None where it has no matmul on both sides (a router, a sampler)."""
+    """Read hand-written attention around a softmax; None where it has no matrix product on both sides (a router, a
+    sampler)."""
+    found = _read_softmax(node)
+    if found is None and product(node, up=True) and product(node, up=False):
+        return NotAttention(node, "a softmax between two matrix products, in a form that is not known here")
+    return found
+
+
+def product(node: Node, up: bool) -> bool:
+    """Whether a matrix product of two activations comes before (or after) `node`, with no projection in between."""
+    stack = [node]
+    for _ in range(24):
+        stack = list(dict.fromkeys(x for n in stack for x in (n.all_input_nodes if up else n.users)))
+        stack = [n for n in stack if len(shape(n) or ()) >= 3 and not is_call(n, F.linear, torch._C._nn.linear)]
+        if any(is_call(n, *PRODUCTS) for n in stack):
+            return True
+        stack = [n for n in stack if not is_call(n, *SDPA, *SOFTMAX)]
+    return False
+
+
+def _read_softmax(node: Node) -> Attention | NotAttention | None:
     a = bind(node, _SOFTMAX_METHOD if node.target == "softmax" else _SOFTMAX_ARGS)
     if a is None or a["dim"] not in (-1, 3) or len(shape(node) or ()) != 4:
         return None
@@ -110,10 +131,10 @@ def read_softmax(node: Node) -> Attention | NotAttention | None:
     while True:
         user = _only_user(p)
         if user is None:
-            if any(is_call(u, *_MATMUL) and u.args[0] is p for u in p.users):
+            if any(is_call(u, *MATMUL) and u.args[0] is p for u in p.users):
                 return NotAttention(node, "the attention weights are used elsewhere (output_attentions?)")
             return None
-        if is_call(user, *_MATMUL) and user.args[0] is p:
+        if is_call(user, *MATMUL) and user.args[0] is p:
             out, v = user, user.args[1]
             break
         if is_call(user, F.dropout) and user.args[0] is p:
@@ -145,8 +166,8 @@ def read_softmax(node: Node) -> Attention | NotAttention | None:
         scale = float(factor) if s.target in (operator.mul, torch.mul, "mul") else 1 / float(factor)
         inner.append(s)
         s = s.args[0]
-    if not is_call(s, *_MATMUL) or len(s.users) != 1:
-        if is_call(out, *_MATMUL):
+    if not is_call(s, *MATMUL) or len(s.users) != 1:
+        if is_call(out, *MATMUL):
             return NotAttention(node, f"the scores come from {getattr(s, 'target', s)}, not from query x key")
         return None
     inner.append(s)

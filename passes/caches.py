@@ -144,9 +144,9 @@ def read_sizes(node: Node) -> list[Node]:
     return [*(u for u in node.users if is_call(u, operator.getitem) and isinstance(u.args[1], int)), node]
 
 
-def size_value(node: Node, placeholders: list[Node]) -> Any:
-    """What a read of a size of a cache tensor is without that tensor: a constant, or the input of the same symbol."""
-    v = value(node)
+def size_value(size: Any, placeholders: list[Node]) -> Any:
+    """A size of a cache tensor, or of a node that reads it: a constant, or the input of its symbol."""
+    v = value(size)
     if isinstance(v, (int, bool)):
         return v
     if isinstance(v, torch.SymInt):

@@ -11,19 +11,21 @@ The rules of legality, all of them here. An attention is a site if
     the positions must start at 0, which a new buffer proves and the graph otherwise asserts;
  6. nothing between the append and the attention writes to what is appended;
  7. gradients are off.
-Everything else is `Declined` with the reason.
+Everything else is `Declined` with the reason, or, where the cache is only read, kept compressed and read back for the
+graph as it is (`readback`).
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kvc_compile.handle import CacheHandle
+from kvc_compile.passes.alias import memory, name, target
 from kvc_compile.passes.attention import Attention, NotAttention, find_attention
 from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, read_sizes, size_value, trace_operand
 from kvc_compile.passes.fx import (
@@ -39,20 +41,21 @@ from kvc_compile.passes.fx import (
     value,
     where,
 )
+from kvc_compile.passes.readback import Readers
 from kvc_compile.passes.views import Peeled
 from kvc_compile.sites import CacheTensor, Declined, Site
 
 
 @dataclass(frozen=True)
 class Match:
-    """A site with the nodes that the rewrite needs; `site` is the record of it."""
+    """A site with the nodes that the rewrite needs; `site` is the record of it. attention: None if it is read back."""
 
     site: Site
-    attention: Attention
+    attention: Attention | None
     key: Buffer | Concat
     value: Buffer | Concat
-    paths: tuple[Node, ...]  # the views between the cache tensors and the attention
-    alone: bool  # attention sees the new tokens only
+    paths: tuple[Node, ...] = ()  # the views between the cache tensors and the attention
+    alone: bool = False  # attention sees the new tokens only
 
 
 def recognise(gm: GraphModule) -> list[Match | Declined]:
@@ -70,14 +73,39 @@ def recognise(gm: GraphModule) -> list[Match | Declined]:
             matches.append(m)
         except Decline as e:
             matches.append(Declined(index, a.node.name, str(e), where(a.node)))
-    return check_uses(gm.graph, matches, inner)
+    matches = check_uses(gm.graph, matches, inner)
+    readers = Readers(gm.graph, {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)})
+    return [m if isinstance(m, Match) else read_back(m, readers) for m in matches]
+
+
+def read_back(d: Declined, readers: Readers) -> Match | Declined:
+    """The caches of an attention that is no site, compressed all the same; else the same reason as before."""
+    node = readers.nodes[d.node]
+    try:
+        pair = readers.pair(node)
+    except Decline as e:
+        return replace(d, reason=f"{d.reason}; its cache cannot be read back either: {e}")
+    site = Site(
+        index=d.index,
+        layer=layer_of(d.index, node, pair.key),
+        node=d.node,
+        pattern="read back",
+        query_heads=0,
+        scale=0.0,
+        mask="",
+        key=record(pair.key),
+        value=record(pair.value),
+        where=d.where,
+        note=d.reason,
+    )
+    return Match(site, None, pair.key, pair.value)
 
 
 def match(index: int, a: Attention) -> Match:
     kp, key = trace_operand(a.k, transposed=a.pattern == "softmax")
     vp, val = trace_operand(a.v, transposed=False)
     pair(a, kp, key, vp, val)
-    layer = layer_of(index, a, key)
+    layer = layer_of(index, a.node, key)
     site = Site(
         index=index,
         layer=layer,
@@ -158,14 +186,14 @@ def size(x: object) -> object:
     return value(x) if isinstance(x, Node) else x
 
 
-def layer_of(index: int, a: Attention, key: Buffer | Concat) -> int:
+def layer_of(index: int, attention: Node, key: Buffer | Concat) -> int:
     """The layer: from the cache's own name where it has one, else from the module, else the order of attention."""
     placeholder = key.past if isinstance(key, Concat) else key.node
     if placeholder is not None and placeholder.op == "placeholder":
         numbers = re.findall(r"layers(?:\[|'\]\._modules\[')(\d+)", source(placeholder))
         if numbers:
             return int(numbers[-1])
-    found = module_layer(a.node)
+    found = module_layer(attention)
     return index if found is None else found
 
 
@@ -191,10 +219,10 @@ def check_uses(graph: Graph, matches: list[Match | Declined], inner: set[Node]) 
     changed = True
     while changed:  # declining one reader of a cache declines the others
         changed = False
-        known = {m.attention.node for m in matches if isinstance(m, Match)}
+        known = {m.attention.node for m in matches if isinstance(m, Match) and m.attention}
         spans: dict[Node, set[Node]] = {}
         for m in matches:
-            if isinstance(m, Match):
+            if isinstance(m, Match) and m.attention:
                 for c in (m.key, m.value):
                     spans.setdefault(c.node, set()).update(m.paths, m.attention.inner, [m.attention.node])
         for i, m in enumerate(matches):
@@ -250,18 +278,15 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
 
 def movable(m: Match) -> None:
     """Rule 6: the append may move behind the attention, since nothing in between writes what it reads."""
-    if not isinstance(m.key, Buffer) or not isinstance(m.value, Buffer):
+    if not isinstance(m.key, Buffer) or not isinstance(m.value, Buffer) or m.attention is None:
         return
     ours = {m.key.append, m.value.append}
+    read = memory(m.key.x) | memory(m.value.x) | memory(m.key.positions)
     for first in ours:
         n = first.next
         while n is not m.attention.node and n.op != "output":
-            if is_mutation(n) and n not in ours and n.all_input_nodes:
-                target = n.all_input_nodes[0]
-                v = value(target)
-                counter = isinstance(v, torch.Tensor) and not v.dtype.is_floating_point and v.dim() == 0
-                if not counter:
-                    raise Decline(f"`{n.target}` writes to {target} between the append and the attention")
+            if is_mutation(n) and n not in ours and n.all_input_nodes and memory(target(n)) & read:
+                raise Decline(f"`{name(n)}` writes to what is appended, between the append and the attention")
             n = n.next
 
 

@@ -7,6 +7,11 @@ Per site, with k and v the new tokens:
     born      zeros; append; attend          ->  K = empty(...); as above; K returned
     grown     cat(past, k); attend           ->  as above with n = 1; else K' = extend(K, k), returned
     fresh     cat([], k); attend             ->  attention as it was; K = encode(cat), returned
+    read back append or cat; anything        ->  t = read(K); append or cat to t, and all that follows, as it was;
+                                                 append(K, k)
+
+A compressed cache that is no site's is passed as plain values: a copy, or if the graph writes to it, it is plain from
+then on.
 
 Attention comes before the append because the new tokens are attended as they are, before any rounding. A handle
 placeholder becomes its arena: the graph that is lowered holds plain tensors only, and the runtime (`kvc_compile.bound`)
@@ -25,8 +30,10 @@ from torch.fx import Graph, GraphModule, Node
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
+from kvc_compile.passes.alias import leads_to, target
 from kvc_compile.passes.caches import Buffer, Concat, read_sizes, size_value
-from kvc_compile.passes.fx import copy_meta, erase_unused, output, shape, value
+from kvc_compile.passes.fx import copy_meta, erase_unused, is_mutation, output, shape, value
+from kvc_compile.passes.readback import born, size_of
 from kvc_compile.passes.recognise import Match
 from kvc_compile.passes.views import dims
 from kvc_compile.plan import SLACK, Plan, SitePlan
@@ -73,6 +80,7 @@ class Rewritten:
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
     results: int  # outputs of the original graph
+    dense: tuple[tuple[int, bool], ...] = ()  # handles passed as plain values, and whether they stay plain
 
     @property
     def births(self) -> bool:
@@ -89,7 +97,7 @@ def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
     work.finish()
     graph.lint()
     gm.recompile()
-    return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results)
+    return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results, tuple(work.dense))
 
 
 class _Rewrite:
@@ -101,6 +109,7 @@ class _Rewrite:
         self.results = len(self.returned)
         self.inputs: list[Input] = []
         self.outputs: list[Output] = []
+        self.dense: list[tuple[int, bool]] = []
         self.dead: list[Node] = []
         self.arenas: dict[Node, Node] = {}  # cache tensor -> arena
         self.last_read: dict[Node, Node] = {}
@@ -121,6 +130,10 @@ class _Rewrite:
                 self.encode(c, layout, role, m)  # type: ignore[arg-type]
             return
         a = m.attention
+        if a is None:
+            for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
+                self.read_back(c, layout, role, m)
+            return
         k = self.arena(m.key, p.key, "keys", m)
         v = self.arena(m.value, p.value, "values", m)
         positions = m.key.positions if isinstance(m.key, Buffer) else None
@@ -148,6 +161,7 @@ class _Rewrite:
     def rest(self, m: Match, p: SitePlan, new: Node) -> None:
         """Put `new` in the attention's place and remember the appends that follow it."""
         a = m.attention
+        assert a is not None
         a.node.replace_all_uses_with(new)
         self.dead += [a.node]
         for c, layout in ((m.key, p.key), (m.value, p.value)):
@@ -156,6 +170,28 @@ class _Rewrite:
                 self.reads.setdefault(c.node, []).append(new)
             self.appends[c.node] = (c, layout, m)
         self.dead += [*a.inner, *m.paths]
+
+    def read_back(self, c: Buffer | Concat, layout: Layout, role: str, m: Match) -> None:
+        """Put a temporary with the cache's content in its place."""
+        out, cache = self.out, c.node if isinstance(c, Buffer) else c.past
+        assert cache is not None
+        tokens = None if born(c) else size_of(cache, self.placeholders)
+        arena = self.arena(c, layout, role, m)
+        if born(c):
+            reads = []
+        else:
+            users = [u for u in cache.users if u is not out]
+            with self.graph.inserting_before(min(users, key=list(self.graph.nodes).index)):
+                dense = plain_value(value(cache))
+                t = self.call(kvc.read.default, arena, tokens, layout.key, like=c.node, fake=dense)
+            for u in users:
+                u.replace_input_with(cache, t)
+            reads = [t]
+        if isinstance(c, Buffer):
+            with self.graph.inserting_after(c.append):
+                self.call(kvc.append.default, arena, c.x, c.positions, layout.key, reads, like=c.append)
+        else:
+            self.appends[c.node], self.last_read[c.node], self.reads[c.node] = (c, layout, m), c.node, reads
 
     def arena(self, c: Buffer | Concat, layout: Layout, role: str, m: Match) -> Node:
         if c.node in self.arenas:
@@ -239,6 +275,13 @@ class _Rewrite:
         erase_unused(self.graph, [n for n in self.dead if not n._erased])
         for i in self.inputs:
             convert_placeholder(self.placeholders[i.index], i)
+        writes = [n for n in self.graph.nodes if is_mutation(n) and n.all_input_nodes]
+        for index, p in enumerate(self.placeholders):
+            if isinstance(value(p), CacheHandle):
+                self.dense.append((index, any(leads_to(target(w), {p}) for w in writes)))
+                p.meta["example_value"] = plain_value(value(p))
+                p.meta.pop("tensor_dict", None)
+                p.meta.pop("grapharg", None)
 
     def grown(self, c: Concat, arena: Node, layout: Layout, m: Match, role: str) -> None:
         past = self.placeholders.index(c.past)  # type: ignore[arg-type]
@@ -268,6 +311,14 @@ def first_position(positions: Node, placeholders: list[Node]) -> int | None:
         if n.op == "call_method" and n.target == "to":
             candidates.append(n.args[0])  # type: ignore[arg-type]
     return None
+
+
+def plain_value(handle: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same shape that is no handle."""
+    if not isinstance(handle, CacheHandle):
+        return handle
+    with handle.arena.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(handle.shape, dtype=handle.dtype, device=handle.device)
 
 
 def convert_placeholder(node: Node, i: Input) -> None:

@@ -13,11 +13,13 @@ def verify(gm: GraphModule, plan: Plan) -> None:
     names = {n.name: n for n in gm.graph.nodes}
     expected = [e for e in plan.planned if e.site.key.kind != "fresh"]
     for e in expected:
-        if e.site.node in names:
+        if e.site.node in names and e.site.pattern != "read back":
             raise AssertionError(f"attention {e.site.node} is still in the graph")
         for cache in (e.site.key, e.site.value):
             node = names.get(cache.buffer)
             if cache.kind in ("born", "grown"):
+                if e.site.pattern == "read back":
+                    continue  # a temporary now
                 if node is not None:
                     raise AssertionError(f"{cache.buffer} should be gone")
                 continue

@@ -1,0 +1,143 @@
+"""Caches that no fused attention reads: they are stored compressed all the same, and read back for the graph as it is.
+
+Whatever the graph computes from a cache (latents that are expanded, scores that are capped, sinks, another layout), it
+computes from a tensor with the cache's content. So where the graph only reads the cache, apart from one append, that
+tensor may be a temporary: `read(arena)`, to which the graph's own append is applied. The rules of legality:
+ 1. the cache has one append (`caches`), and the graph returns nothing that may share its memory but the cache itself;
+ 2. nothing else in the graph may write to it: no in-place operator's target leads back to it other than through
+    operators that make new memory, and no operator that the graph cannot see into takes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from kvc_compile.passes.alias import leads_to, name, opaque, root, target
+from kvc_compile.passes.attention import PRODUCTS, SOFTMAX
+from kvc_compile.passes.caches import (
+    SIZES,
+    ZEROS,
+    Buffer,
+    Concat,
+    Decline,
+    read_buffer,
+    read_concat,
+    read_sizes,
+    size_value,
+)
+from kvc_compile.passes.fx import is_call, is_mutation, output, shape, source, value
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The caches of the keys and the values of one attention."""
+
+    key: Buffer | Concat
+    value: Buffer | Concat
+
+
+class Readers:
+    """The caches of a graph that may be read back, found from the attentions that read them, in order."""
+
+    def __init__(self, graph: Graph, taken: set[Node]):
+        self.graph, self.taken, self.out = graph, taken, output(graph)
+        self.visited: set[Node] = set()
+        self.placeholders = list(graph.find_nodes(op="placeholder"))
+        self.nodes = {n.name: n for n in graph.nodes}
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.writes: dict[Node, list[Node]] = {}  # new memory -> what is written into it
+        for n in graph.nodes:
+            if is_mutation(n) and n.all_input_nodes:
+                self.writes.setdefault(root(target(n)), []).append(n)
+
+    def pair(self, attention: Node) -> Pair:
+        """The caches that `attention` reads and none before it; `Decline` where they may not be read back."""
+        found: dict[Node, Buffer | Concat] = {}
+        stack = [attention, *after_softmax(attention)]
+        while stack:
+            n = stack.pop()
+            if n in self.visited:
+                continue
+            self.visited.add(n)
+            c = self.cache(n)
+            if c is not None:
+                if n not in self.taken:
+                    found[n] = c
+                continue
+            stack += n.all_input_nodes
+            stack += (i for w in self.writes.get(n, ()) for i in w.all_input_nodes)
+        if len(found) != 2:
+            raise Decline(f"it reads {len(found) or 'no'} cache{'s' if len(found) != 1 else ''} of its own")
+        first, second = sorted(found.values(), key=lambda c: self.order[c.append if isinstance(c, Buffer) else c.node])
+        if type(first) is not type(second) or born(first) != born(second):
+            raise Decline("its two caches are of different kinds")
+        for c in (first, second):
+            self.check(c)
+        return Pair(first, second)
+
+    def cache(self, node: Node) -> Buffer | Concat | None:
+        try:
+            if is_call(node, torch.cat) and self.out in node.users:
+                return read_concat(node)
+            v = value(node)
+            buffer = node.op == "placeholder" or is_call(node, *ZEROS)
+            if buffer and isinstance(v, torch.Tensor) and v.dim() == 4 and v.dtype.is_floating_point:
+                return read_buffer(node)
+        except Decline:
+            pass
+        return None
+
+    def check(self, c: Buffer | Concat) -> None:
+        """The rules at the head of this file."""
+        what = source(c.node) or c.node.name
+        heads, channels = shape(c.node)[1], shape(c.node)[3]  # type: ignore[index]
+        if not (isinstance(heads, int) and isinstance(channels, int)) or channels % 4:
+            raise Decline(f"{what} has {heads} heads of {channels} channels: fixed numbers, channels by 4, are needed")
+        ours = {c.node}
+        if isinstance(c, Buffer):
+            ours.add(c.append)
+        elif c.past is not None:
+            ours.add(c.past)
+            for user in c.past.users:
+                if user is not c.node and user not in c.metadata:
+                    raise Decline(f"{source(c.past)} is also used by `{name(user)}`")
+        for r in self.out.all_input_nodes:
+            if r not in ours and leads_to(r, ours):
+                raise Decline(f"a view of {what} is returned")
+        for n in self.graph.nodes:
+            if isinstance(c, Buffer) and n is c.append:
+                continue
+            if is_mutation(n) and n.all_input_nodes and leads_to(target(n), ours):
+                raise Decline(f"`{name(n)}` may write to {what}")
+            if opaque(n) and any(leads_to(a, ours) for a in n.all_input_nodes):
+                raise Decline(f"{what} is given to `{name(n)}`, which may write to it")
+        if isinstance(c, Concat) and c.past is not None:
+            size_of(c.past, self.placeholders)
+        if not born(c):
+            for n in (n for m in c.metadata for n in read_sizes(m)):
+                if any(not is_call(u, *SIZES) for u in n.users) and not isinstance(value(n), torch.Size):
+                    size_value(n, self.placeholders)
+
+
+def born(c: Buffer | Concat) -> bool:
+    return isinstance(c, Buffer) and c.born
+
+
+def after_softmax(attention: Node) -> list[Node]:
+    """The matrix products with the values that a softmax leads to; none where `attention` is a whole attention."""
+    found, stack = [], [attention] if is_call(attention, *SOFTMAX) else []
+    for _ in range(20):
+        stack = [u for n in stack for u in n.users]
+        found += [n for n in stack if is_call(n, *PRODUCTS)]
+        stack = [n for n in stack if not is_call(n, *PRODUCTS) and n.op != "output"]
+        if found:
+            break
+    return found
+
+
+def size_of(cache: Node, placeholders: list[Node]) -> int | Node:
+    """The number of tokens of a cache tensor: a constant, or the input of its symbol."""
+    return size_value(shape(cache)[2], placeholders)  # type: ignore[index]
