@@ -73,7 +73,7 @@ def setup() -> dict[str, Any]:
         "triton": triton.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else os.environ.get("KVC_COMMIT", "unknown"),
+        "commit": os.environ.get("KVC_COMMIT") or commit.stdout.strip() or "unknown",
     }
 
 

@@ -100,8 +100,7 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
         tokens += args[o.add_to].shape[2]
     arena = outs[o.arena] if o.arena >= 0 else args[~o.arena].arena
     layout = Layout.parse(o.layout)
-    if not o.static:
-        if layout.body_tokens(tokens + 1) > layout.capacity_of(arena.shape[1]):
-            arena = cpu.grow(arena, tokens + SLACK, layout)  # the next token must fit without moving the arena
+    if not o.static and layout.body_tokens(tokens + 1) > layout.capacity_of(arena.shape[1]):
+        arena = cpu.grow(arena, tokens + SLACK, layout)  # the next token must fit without moving the arena
     track(arena, Tag(owner, o.layer, o.role))
     return CacheHandle(arena, o.layout, tokens, True) if o.static else growing(arena, o.layout, tokens)

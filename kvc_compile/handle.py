@@ -146,7 +146,7 @@ def _clone(h, *, memory_format=None):
 def _owned(h, arena: Tensor) -> CacheHandle:
     """A handle like `h` on an arena of its own."""
     if hasattr(h.arena, "kvc_length"):
-        arena.kvc_length = h.arena.kvc_length
+        arena.kvc_length = h.arena.kvc_length  # type: ignore[attr-defined]
     if hasattr(h.arena, "kvc_tag"):
         track(arena, h.arena.kvc_tag)
     return _same(h, arena)

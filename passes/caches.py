@@ -150,6 +150,8 @@ def size_value(size: Any, placeholders: list[Node]) -> Any:
     if isinstance(v, (int, bool)):
         return v
     if isinstance(v, torch.SymInt):
+        if v.node.expr.is_number:
+            return int(v)
         for p in placeholders:
             s = value(p)
             if isinstance(s, torch.SymInt) and s.node.expr == v.node.expr:

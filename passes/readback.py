@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.passes.alias import leads_to, name, opaque, root, target
+from kvc_compile.passes.alias import NEW_MEMORY, leads_to, name, opaque, root, target
 from kvc_compile.passes.attention import PRODUCTS, SOFTMAX
 from kvc_compile.passes.caches import (
     SIZES,
@@ -45,6 +45,7 @@ class Readers:
     def __init__(self, graph: Graph, taken: set[Node]):
         self.graph, self.taken, self.out = graph, taken, output(graph)
         self.visited: set[Node] = set()
+        self.pairs: list[Pair] = []  # that are read back
         self.placeholders = list(graph.find_nodes(op="placeholder"))
         self.nodes = {n.name: n for n in graph.nodes}
         self.order = {n: i for i, n in enumerate(graph.nodes)}
@@ -57,6 +58,7 @@ class Readers:
         """The caches that `attention` reads and none before it; `Decline` where they may not be read back."""
         found: dict[Node, Buffer | Concat] = {}
         stack = [attention, *after_softmax(attention)]
+        last = max(self.order[n] for n in stack)
         while stack:
             n = stack.pop()
             if n in self.visited:
@@ -68,7 +70,10 @@ class Readers:
                     found[n] = c
                 continue
             stack += n.all_input_nodes
-            stack += (i for w in self.writes.get(n, ()) for i in w.all_input_nodes)
+            written = [w for w in self.writes.get(n, ()) if self.order[w] < last]
+            stack += (i for w in written for i in w.all_input_nodes)
+        if not found and (pair := self.shared(attention)) is not None:
+            return pair
         if len(found) != 2:
             raise Decline(f"it reads {len(found) or 'no'} cache{'s' if len(found) != 1 else ''} of its own")
         first, second = sorted(found.values(), key=lambda c: self.order[c.append if isinstance(c, Buffer) else c.node])
@@ -76,7 +81,16 @@ class Readers:
             raise Decline("its two caches are of different kinds")
         for c in (first, second):
             self.check(c)
-        return Pair(first, second)
+        self.pairs.append(Pair(first, second))
+        return self.pairs[-1]
+
+    def shared(self, attention: Node) -> Pair | None:
+        """The caches of an earlier attention, where these keys and values are rearranged from them."""
+        roots = {a: rearranged(a) for a in attention.all_input_nodes}
+        for pair in self.pairs:
+            if all(any(c.node in r for r in roots.values()) for c in (pair.key, pair.value)):
+                return pair
+        return None
 
     def cache(self, node: Node) -> Buffer | Concat | None:
         try:
@@ -124,6 +138,20 @@ class Readers:
 
 def born(c: Buffer | Concat) -> bool:
     return isinstance(c, Buffer) and c.born
+
+
+def rearranged(node: Node) -> set[Node]:
+    """What `node` is a view of, or a rearranged copy."""
+    found, stack = set(), [node]
+    while stack:
+        n = stack.pop()
+        if n not in found:
+            found.add(n)
+            if n.op != "placeholder" and (
+                name(n) not in NEW_MEMORY or name(n) in ("cat", "repeat", "repeat_interleave")
+            ):
+                stack += n.all_input_nodes
+    return found
 
 
 def after_softmax(attention: Node) -> list[Node]:

@@ -172,7 +172,9 @@ class _Rewrite:
         self.dead += [*a.inner, *m.paths]
 
     def read_back(self, c: Buffer | Concat, layout: Layout, role: str, m: Match) -> None:
-        """Put a temporary with the cache's content in its place."""
+        """Put a temporary with the cache's content in its place, for all that read it."""
+        if c.node in self.arenas:
+            return
         out, cache = self.out, c.node if isinstance(c, Buffer) else c.past
         assert cache is not None
         tokens = None if born(c) else size_of(cache, self.placeholders)
