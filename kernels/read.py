@@ -9,16 +9,25 @@ from kvc_compile.kernels.codec import header_pointer, load_tokens
 
 
 @triton.jit(do_not_specialize=["N", "tokens"])
-def read_tokens(data, out, row_stride, N, tokens, BN: tl.constexpr, DP: tl.constexpr, F: tl.constexpr):
-    """out [B, H, tokens, D]: the values, zeros from the length on. Program: (BN tokens, batch row and head)."""
+def read_tokens(
+    data, out, row_stride, N, tokens, LAST: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, F: tl.constexpr
+):
+    """out [B, H, tokens, D]: the first values, or the last ones if LAST and there are more; zeros from the length on.
+
+    Program: (BN tokens, batch row and head).
+    """
     b, h = tl.program_id(1) // F.heads, tl.program_id(1) % F.heads
     arena = data + b.to(tl.int64) * row_stride
     head = header_pointer(arena, h)
     length, encoded = tl.load(head).to(tl.int32), tl.load(head + 1).to(tl.int32)
     d = tl.arange(0, DP)
-    p0 = tl.program_id(0) * BN
-    x = load_tokens(arena, out, 0, h, N, length, encoded, length, p0, d, F.sink % BN == 0, BN, F)
-    p = p0 + tl.arange(0, BN)
+    skip = 0
+    if LAST:
+        skip = tl.maximum(length - tokens, 0)
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    p0 = tl.program_id(0) * BN + skip
+    x = load_tokens(arena, out, 0, h, N, length, encoded, length, p0, d, (F.sink % BN == 0) and not LAST, BN, F)
+    p = j + skip
     x = tl.where((p < length)[:, None], x, 0.0)
-    at = out + (tl.program_id(1).to(tl.int64) * tokens + p)[:, None] * F.channels + d[None, :]
-    tl.store(at, x.to(out.dtype.element_ty), mask=(p < tokens)[:, None] & (d < F.channels)[None, :])
+    at = out + (tl.program_id(1).to(tl.int64) * tokens + j)[:, None] * F.channels + d[None, :]
+    tl.store(at, x.to(out.dtype.element_ty), mask=(j < tokens)[:, None] & (d < F.channels)[None, :])

@@ -294,6 +294,29 @@ def rewind(data: Tensor, layout: Layout, length: int) -> None:
     v.header[..., LENGTH] = length
 
 
+def trim(data: Tensor, layout: Layout, tokens: int) -> int:
+    """Forget the oldest tokens but `tokens` or a few more: whole units, so that nothing is encoded anew. Returns how
+    many are forgotten. The first ones that remain are in the sink from then on, as they are decoded."""
+    v = views(data, layout)
+    length, encoded = lengths(v)
+    drop = min(length - tokens, encoded - layout.sink) // layout.unit * layout.unit
+    if drop <= 0:
+        return 0
+    first = read(data, layout, drop, drop + layout.sink).clone()
+    exact = read_ring(v, layout, layout.sink + encoded, length).clone()
+    for words, p in zip(v.planes, layout.planes, strict=True):
+        n = drop // layout.plane_tokens(p)
+        words[:, :, : words.shape[2] - n] = words[:, :, n:].clone()
+    if v.params is not None:
+        n = drop // layout.codec.block[0]
+        v.params[:, :, : v.params.shape[2] - n] = v.params[:, :, n:].clone()
+    v.sink.copy_(first)
+    v.header[..., LENGTH] = length - drop
+    v.header[..., ENCODED] = encoded - drop
+    write_ring(v, layout, layout.sink + encoded - drop, exact)
+    return drop
+
+
 def append(data: Tensor, x: Tensor, layout: Layout, start: int | None = None) -> None:
     """Store the tokens x [B, H, T, D] at positions start .. start+T-1 (the end of the cache unless given).
 

@@ -13,7 +13,7 @@ from kvc_compile.dump import Trail
 from kvc_compile.passes.fx import duplicate, value
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
-from kvc_compile.report import Compile, places_of, remember, warn_declined
+from kvc_compile.report import Compile, places_of, remember, say_read_back, warn_declined
 from kvc_compile.request import Request
 
 
@@ -30,6 +30,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     trail = Trail(request, gm, plan, example_inputs)
     compiled = remember(Compile(request, plan, places_of(gm, plan), {owner_of(example_inputs)}))
     warn_declined(plan, request)
+    say_read_back(plan)
     rewritten = rewrite(gm, matches, plan)
     verify(gm, plan)
     trail.rewritten(gm)

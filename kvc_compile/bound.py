@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvc_compile.handle import CacheHandle, Tag, become, growing, track
+from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
@@ -62,8 +63,10 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
     """The handle of a cache input; a plain tensor is imported first, and its storage released."""
     tensor = args[i.index]
     if not isinstance(tensor, CacheHandle):
-        start = None if i.start is None else int(args[i.start].reshape(-1)[0])
+        start = tensor.shape[2] if i.pushed else None if i.start is None else int(args[i.start].reshape(-1)[0])
         import_(tensor, i, start, owner)
+    if i.pushed:
+        make_room(tensor, i.pushed)
     elif not i.static:
         held = getattr(tensor.arena, "kvc_length", None)
         if held is not None and held != tensor.shape[2]:
@@ -72,6 +75,26 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
                 f"{held}; copy.deepcopy the cache before continuing it in two ways"
             )
     return tensor
+
+
+def make_room(window: CacheHandle, tokens: int) -> None:
+    """Room for `tokens` more in the arena of a full window, whose oldest tokens may go."""
+    arena, layout, visible = window.arena, window.stored, window.shape[2]
+    total = getattr(arena, "kvc_total", None)
+    if total is None:
+        total = reference.lengths(reference.views(arena, layout))[0]
+    if layout.body_tokens(total + tokens) > layout.capacity_of(arena.shape[1]):
+        total -= reference.trim(arena, layout, visible)
+        if layout.body_tokens(total + tokens) > layout.capacity_of(arena.shape[1]):
+            window.arena = moved(cpu.grow(arena, visible + tokens + SLACK, layout), arena)
+    window.arena.kvc_total = total + tokens  # type: ignore[attr-defined]
+
+
+def moved(arena: Tensor, old: Tensor) -> Tensor:
+    """`arena` counted as `old` was."""
+    if hasattr(old, "kvc_tag"):
+        track(arena, old.kvc_tag)
+    return arena
 
 
 def release(handle: CacheHandle) -> Tensor:
@@ -100,7 +123,18 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
         tokens += args[o.add_to].shape[2]
     arena = outs[o.arena] if o.arena >= 0 else args[~o.arena].arena
     layout = Layout.parse(o.layout)
-    if not o.static and layout.body_tokens(tokens + 1) > layout.capacity_of(arena.shape[1]):
-        arena = cpu.grow(arena, tokens + SLACK, layout)  # the next token must fit without moving the arena
+    total = tokens
+    if o.appended is not None:  # a sliding window: the arena holds some more
+        total = o.appended if o.appended >= 0 else int(outs[~o.appended])
+        if o.past is not None:
+            total += args[o.past].arena.kvc_total
+        if total - tokens > SLACK:
+            total -= reference.trim(arena, layout, tokens)
+    if not o.static and layout.body_tokens(total + 1) > layout.capacity_of(arena.shape[1]):
+        arena = cpu.grow(arena, total + SLACK, layout)  # the next token must fit without moving the arena
     track(arena, Tag(owner, o.layer, o.role))
-    return CacheHandle(arena, o.layout, tokens, True) if o.static else growing(arena, o.layout, tokens)
+    if o.static:
+        return CacheHandle(arena, o.layout, tokens, True)
+    if o.appended is not None:
+        arena.kvc_total = total
+    return growing(arena, o.layout, tokens, o.appended is not None)

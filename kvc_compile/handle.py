@@ -28,25 +28,27 @@ class CacheHandle(torch.Tensor):
     """A compressed cache tensor [batch, heads, tokens, channels].
 
     arena: uint8 [batch, row_bytes]. layout_key: its `Layout.key`. A *static* handle has room for `tokens` tokens, of
-    which those past the valid ones read as zeros; a dynamic one has `tokens` tokens.
+    which those past the valid ones read as zeros; a dynamic one has `tokens` tokens. Where the arena of a static one or
+    of a *window* holds more, it is the last ones.
     """
 
     arena: Tensor
     layout_key: str
     static: bool
+    window: bool
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, arena: Tensor, layout_key: str, tokens: int, static: bool):
+    def __new__(cls, arena: Tensor, layout_key: str, tokens: int, static: bool, window: bool = False):
         layout = Layout.parse(layout_key)
         shape = (arena.shape[0], layout.heads, tokens, layout.channels)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=getattr(torch, layout.dtype), device=arena.device, requires_grad=False
         )
 
-    def __init__(self, arena: Tensor, layout_key: str, tokens: int, static: bool):
-        self.arena, self.layout_key, self.static = arena, layout_key, static
+    def __init__(self, arena: Tensor, layout_key: str, tokens: int, static: bool, window: bool = False):
+        self.arena, self.layout_key, self.static, self.window = arena, layout_key, static, window
 
     @property
     def stored(self) -> Layout:  # not `layout`, which every tensor has already
@@ -69,7 +71,7 @@ class CacheHandle(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         plain = self.arena.detach()  # without what is remembered on the arena itself
-        return _load, (plain, self.layout_key, self.shape[2], self.static)
+        return _load, (plain, self.layout_key, self.shape[2], self.static, self.window)
 
     def __deepcopy__(self, memo):
         """Tensor's own would copy `__dict__` after cloning, so the arena twice, and the copy would not be counted."""
@@ -87,18 +89,18 @@ class CacheHandle(torch.Tensor):
         return self.dense().tolist()
 
     def __tensor_flatten__(self):
-        return ["arena"], (self.layout_key, self.static)
+        return ["arena"], (self.layout_key, self.static, self.window)
 
     @staticmethod
     def __tensor_unflatten__(inner, meta, outer_size, outer_stride):
-        return CacheHandle(inner["arena"], meta[0], outer_size[2], meta[1])
+        return CacheHandle(inner["arena"], meta[0], outer_size[2], *meta[1:])
 
     def __repr__(self, *, tensor_contents=None):  # type: ignore[override]
         return f"CacheHandle({tuple(self.shape)}, {self.dtype}, {self.device}, {self.layout_key})"
 
     def dense(self) -> Tensor:
         """The content as a plain tensor, dequantised."""
-        return ops.read(self.arena, self.shape[2], self.layout_key)
+        return ops.read(self.arena, self.shape[2], self.layout_key, self.static or self.window)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
@@ -126,13 +128,13 @@ def _plain(x):
 
 
 def _same(h: CacheHandle, arena: Tensor) -> CacheHandle:
-    return CacheHandle(arena, h.layout_key, h.shape[2], h.static)
+    return CacheHandle(arena, h.layout_key, h.shape[2], h.static, h.window)
 
 
-def _load(arena: Tensor, layout_key: str, tokens: int, static: bool) -> CacheHandle:
+def _load(arena: Tensor, layout_key: str, tokens: int, static: bool, window: bool = False) -> CacheHandle:
     if hasattr(arena, "kvc_tag"):
         track(arena, arena.kvc_tag)
-    return CacheHandle(arena, layout_key, tokens, static)
+    return CacheHandle(arena, layout_key, tokens, static, window)
 
 
 def _detach(h):
@@ -145,8 +147,9 @@ def _clone(h, *, memory_format=None):
 
 def _owned(h, arena: Tensor) -> CacheHandle:
     """A handle like `h` on an arena of its own."""
-    if hasattr(h.arena, "kvc_length"):
-        arena.kvc_length = h.arena.kvc_length  # type: ignore[attr-defined]
+    for name in ("kvc_length", "kvc_total"):
+        if hasattr(h.arena, name):
+            setattr(arena, name, getattr(h.arena, name))
     if hasattr(h.arena, "kvc_tag"):
         track(arena, h.arena.kvc_tag)
     return _same(h, arena)
@@ -181,15 +184,18 @@ def first_tokens(h: CacheHandle, index: object) -> int | None:
 def crop(h: CacheHandle, tokens: int) -> CacheHandle:
     """A copy that holds the first tokens only; not a view, so writes to it are on it alone."""
     out = _clone(h)
-    reference.rewind(out.arena, h.stored, tokens)
-    return growing(out.arena, h.layout_key, tokens)
+    held = reference.lengths(reference.views(out.arena, h.stored))[0]
+    last = held - h.shape[2] + tokens if h.window else tokens
+    reference.rewind(out.arena, h.stored, last)
+    out.arena.kvc_total = last
+    return growing(out.arena, h.layout_key, tokens, h.window)
 
 
-def growing(arena: Tensor, layout_key: str, tokens: int) -> CacheHandle:
+def growing(arena: Tensor, layout_key: str, tokens: int, window: bool = False) -> CacheHandle:
     """A handle whose length changes from step to step: one graph for all lengths."""
     torch._dynamo.maybe_mark_dynamic(arena, 1)
     arena.kvc_length = tokens  # type: ignore[attr-defined]
-    handle = CacheHandle(arena, layout_key, tokens, False)
+    handle = CacheHandle(arena, layout_key, tokens, False, window)
     torch._dynamo.maybe_mark_dynamic(handle, 2)
     return handle
 
@@ -199,6 +205,7 @@ def _zero(h):
     if not h.static:
         return NotImplemented
     h.arena.zero_()
+    h.arena.__dict__.pop("kvc_total", None)
     return h
 
 
@@ -212,6 +219,7 @@ def _copy(dst, src, non_blocking=False):
     if not isinstance(src, CacheHandle) or src.layout_key != dst.layout_key or src.arena.shape != dst.arena.shape:
         return NotImplemented
     dst.arena.copy_(src.arena)
+    dst.arena.__dict__.pop("kvc_total", None)
     return dst
 
 

@@ -106,6 +106,14 @@ def warn_declined(plan: Plan, request: Request) -> None:
             log.warning("kvc leaves an attention uncompressed: %s", line)
 
 
+def say_read_back(plan: Plan) -> None:
+    """One line for each reason why a compressed cache is read back in full."""
+    for e in plan.planned:
+        if e.site.note and e.site.note not in _warned:
+            _warned.add(e.site.note)
+            log.warning("kvc reads a compressed cache back in full each step (%s): %s", e.site.where, e.site.note)
+
+
 # ---------------------------------------------------------------- what is reported
 
 
@@ -142,6 +150,7 @@ class SiteReport:
     shared: bool
     where: str
     seen: tuple[Seen, ...]
+    note: str = ""  # why its cache is read back in full in each step, where it is
 
     @property
     def mixed(self) -> bool:
@@ -264,6 +273,8 @@ def _cells(s: SiteReport) -> tuple[str, str, str]:
     """A site's cells in the table, the layer excepted."""
     kinds = dict.fromkeys(x.kind or "other" for x in s.seen)
     said = s.reason + (f"; where compressed: {s.layout}" if s.mixed else "") if s.reason else s.layout
+    if s.note and s.keys:
+        said += f"; read back in full each step: {s.note}"
     if s.status == "declined" and s.where:
         said += f" ({s.where})"
     return "mixed" if s.mixed else s.status, ", ".join(kinds), said + (", shared" if s.shared else "")
@@ -367,4 +378,5 @@ def _merge(entries: list[tuple[SitePlan | Declined, str, bool, str]]) -> SiteRep
         shared=stored[-1][1] if stored else False,
         where=(first.where if isinstance(first, Declined) else first.site.where),
         seen=tuple(Seen(*key, graphs=n) for key, n in seen.items()),
+        note="; ".join(dict.fromkeys(e.site.note for e, _ in stored if e.site.note)),
     )

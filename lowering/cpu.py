@@ -68,8 +68,9 @@ def attend(
     )
 
 
-def read(data: Tensor, tokens: int, layout: Layout) -> Tensor:
-    return reference.read(data, layout, 0, tokens)
+def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:
+    first = max(0, reference.lengths(reference.views(data, layout))[0] - tokens) if last else 0
+    return reference.read(data, layout, first, first + tokens)
 
 
 def grow(data: Tensor, tokens: int, layout: Layout) -> Tensor:

@@ -129,15 +129,23 @@ def attend(
     return out
 
 
-def read(data: Tensor, tokens: int, layout: Layout) -> Tensor:
-    """The first `tokens` positions as values [B, H, tokens, D]: see `kernels.reference.read`."""
+def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:
+    """The first or last `tokens` positions as values [B, H, tokens, D]: see `lowering.ops.read`."""
     f = form(layout)
     batch = data.shape[0]
     out = torch.empty(batch, f.heads, tokens, f.channels, dtype=getattr(torch, layout.dtype), device=data.device)
     bn = 32
     with on(data.device):
         R.read_tokens[triton.cdiv(tokens, bn), batch * f.heads](
-            data, out, data.stride(0), layout.capacity_of(data.shape[1]), tokens, BN=bn, DP=pad(f.channels), F=f
+            data,
+            out,
+            data.stride(0),
+            layout.capacity_of(data.shape[1]),
+            tokens,
+            LAST=last,
+            BN=bn,
+            DP=pad(f.channels),
+            F=f,
         )
     return out
 

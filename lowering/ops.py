@@ -116,16 +116,19 @@ def _(data, x, layout):
 
 
 @operator()
-def read(data: Tensor, tokens: int, layout: str) -> Tensor:
-    """The first `tokens` positions as values [B, H, tokens, D] in the model's dtype; zeros past the end."""
+def read(data: Tensor, tokens: int, layout: str, last: bool) -> Tensor:
+    """The first `tokens` positions as values [B, H, tokens, D] in the model's dtype; zeros past the end.
+
+    last: the last ones, where there are more: a window.
+    """
     if data.is_cuda and tokens:
-        return _kernels().read(data, tokens, Layout.parse(layout))
-    out = cpu.read(data, tokens, Layout.parse(layout))
+        return _kernels().read(data, tokens, Layout.parse(layout), last)
+    out = cpu.read(data, tokens, Layout.parse(layout), last)
     return out.clone() if out.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else out
 
 
 @shapes(read)
-def _(data, tokens, layout):
+def _(data, tokens, layout, last):
     p = Layout.parse(layout)
     return data.new_empty((data.shape[0], p.heads, tokens, p.channels), dtype=getattr(torch, p.dtype))
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 # operators whose result never shares memory with an input, by name: of all others it is assumed
 _NEW_MEMORY = (
     "new_empty new_zeros new_ones new_full new_tensor zeros empty ones full arange zeros_like empty_like ones_like "
-    "full_like linear matmul bmm baddbmm softmax scaled_dot_product_attention add sub mul truediv div neg cat "
+    "full_like roll linear matmul bmm baddbmm softmax scaled_dot_product_attention add sub mul truediv div neg cat "
     "concat stack clone repeat repeat_interleave index_select gather where exp pow rsqrt sigmoid tanh logsumexp "
     "embedding cumsum topk layer_norm rms_norm silu gelu eq ne lt le gt ge"
 )

@@ -34,7 +34,7 @@ class Buffer:
     node: Node  # the placeholder or the zeros
     born: bool
     append: Node
-    positions: Node
+    positions: Node | None  # None: a window that is full; x pushes the oldest tokens out
     consecutive: bool  # proved from the graph: positions = p, p+1, ...
     x: Node
     metadata: tuple[Node, ...]
@@ -48,6 +48,11 @@ class Concat:
     past: Node | None
     x: Node
     metadata: tuple[Node, ...]  # reads of the sizes of `past`
+    kept: Node | None = None  # the last tokens of `node`, where only these are returned: a sliding window
+
+    @property
+    def returned(self) -> Node:
+        return self.kept or self.node
 
 
 def trace_operand(operand: Node, transposed: bool) -> tuple[Peeled, Buffer | Concat]:
@@ -135,6 +140,72 @@ def read_concat(node: Node) -> Concat:
         name = getattr(past.target, "__name__", past.target)
         raise Decline(f"the cache that {node} extends comes from `{name}`, not from the caller")
     return Concat(node, past, x, tuple(u for u in past.users if is_call(u, *SIZES)))
+
+
+def read_window(node: Node) -> Buffer:
+    """A full window [B, H, W, D] that appending x pushes the oldest tokens out of: `copy_` of the last W tokens of
+    itself and x, put together by `roll` for one token and by `cat` for more."""
+    what, s = source(node) or node.name, shape(node)
+    writes = [u for u in node.users if is_mutation(u)]
+    if len(writes) != 1 or not is_call(writes[0], "copy_") or len(writes[0].args) != 2 or writes[0].args[0] is not node:
+        raise Decline(f"{what} is no window of the last tokens")
+    (copy,) = writes
+    x = _rolled_in(copy.args[1], node) or _shifted_in(copy.args[1], node)
+    if x is None or s is None or value(x).dtype != value(node).dtype or not isinstance(shape(x)[2], int):  # type: ignore[index]
+        raise Decline(f"`copy_` writes to {what} what is not its last tokens")
+    return Buffer(node, False, copy, None, True, x, tuple(u for u in node.users if is_call(u, *SIZES)))
+
+
+def _rolled_in(new: Any, cache: Node) -> Node | None:
+    """x of `new = cache.roll(-1, 2); new[:, :, tensor([-1])] = x`."""
+    if not is_call(new, "roll", torch.roll) or new.args[0] is not cache:
+        return None
+    bound = dict(zip(("input", "shifts", "dims"), new.args, strict=False)) | new.kwargs
+    writes = [u for u in new.users if is_mutation(u) and u.args[0] is new]
+    if bound.get("shifts") not in (-1, (-1,)) or bound.get("dims") not in (2, -2, (2,), (-2,)) or len(writes) != 1:
+        return None
+    if not is_call(writes[0], operator.setitem) or any(
+        is_mutation(u) for u in new.users if u not in (*writes, *cache.users)
+    ):
+        return None
+    index, x = writes[0].args[1:]
+    if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(x, Node):
+        return None
+    last = is_call(index[2], torch.tensor) and list(index[2].args[0]) == [-1]  # type: ignore[union-attr]
+    whole = all(i == FULL for i in (*index[:2], *index[3:]))
+    s = shape(cache)
+    return x if last and whole and s is not None and same_shape(x, s[0], s[1], 1, s[3]) else None
+
+
+def _shifted_in(new: Any, cache: Node) -> Node | None:
+    """x of `new = cat([cache[:, :, 1:], x], 2)[:, :, -W:]`."""
+    s = shape(cache)
+    if s is None or not isinstance(new, Node) or last_tokens(new) != s[2] or not is_call(new.args[0], torch.cat):
+        return None
+    joined = new.args[0]
+    args = dict(zip(("tensors", "dim"), joined.args, strict=False)) | joined.kwargs  # type: ignore[union-attr]
+    old, x = args["tensors"] if len(args["tensors"]) == 2 else (None, None)
+    if args.get("dim") not in (2, -2) or not isinstance(x, Node) or not is_call(old, operator.getitem):
+        return None
+    index = old.args[1]
+    if old.args[0] is not cache or not isinstance(index, tuple) or len(index) not in (3, 4):
+        return None
+    but_first = index[2] == slice(1, None, None) and all(i == FULL for i in (*index[:2], *index[3:]))
+    xs = shape(x)
+    return x if but_first and xs is not None and same_shape(x, s[0], s[1], xs[2], s[3]) else None
+
+
+def last_tokens(node: Node) -> int | None:
+    """n for `x[:, :, -n:]`, else None."""
+    if not is_call(node, operator.getitem) or not isinstance(node.args[1], tuple) or len(node.args[1]) not in (3, 4):
+        return None
+    index = node.args[1]
+    cut = index[2]
+    if not isinstance(cut, slice) or cut.stop is not None or cut.step not in (None, 1):
+        return None
+    if not isinstance(cut.start, int) or cut.start >= 0 or any(i != FULL for i in (*index[:2], *index[3:])):
+        return None
+    return -cut.start
 
 
 def read_sizes(node: Node) -> list[Node]:

@@ -10,7 +10,7 @@ tensor may be a temporary: `read(arena)`, to which the graph's own append is app
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -23,9 +23,11 @@ from kvc_compile.passes.caches import (
     Buffer,
     Concat,
     Decline,
+    last_tokens,
     read_buffer,
     read_concat,
     read_sizes,
+    read_window,
     size_value,
 )
 from kvc_compile.passes.fx import is_call, is_mutation, output, shape, source, value
@@ -94,12 +96,15 @@ class Readers:
 
     def cache(self, node: Node) -> Buffer | Concat | None:
         try:
-            if is_call(node, torch.cat) and self.out in node.users:
-                return read_concat(node)
+            if is_call(node, torch.cat):
+                kept = [u for u in node.users if last_tokens(u) and self.out in u.users]
+                if self.out in node.users or len(kept) == 1:
+                    return replace(read_concat(node), kept=None if self.out in node.users else kept[0])
             v = value(node)
             buffer = node.op == "placeholder" or is_call(node, *ZEROS)
             if buffer and isinstance(v, torch.Tensor) and v.dim() == 4 and v.dtype.is_floating_point:
-                return read_buffer(node)
+                writes = [u for u in node.users if is_call(u, "copy_")]
+                return read_window(node) if writes and node.op == "placeholder" else read_buffer(node)
         except Decline:
             pass
         return None
@@ -113,7 +118,9 @@ class Readers:
         ours = {c.node}
         if isinstance(c, Buffer):
             ours.add(c.append)
-        elif c.past is not None:
+        else:
+            ours.add(c.returned)
+        if isinstance(c, Concat) and c.past is not None:
             ours.add(c.past)
             for user in c.past.users:
                 if user is not c.node and user not in c.metadata:

@@ -52,6 +52,7 @@ class Input:
     role: str
     static: bool
     start: int | None = None
+    pushed: int = 0  # tokens that push as many out of a window that is full
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Output:
     static: bool
     tokens: int
     add_to: int | None = None
+    appended: int | None = None  # of a sliding window: the tokens appended to the arena, or `~i`
+    past: int | None = None  # of a sliding window: the input that they were appended to
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ class _Rewrite:
             users = [u for u in cache.users if u is not out]
             with self.graph.inserting_before(min(users, key=list(self.graph.nodes).index)):
                 dense = plain_value(value(cache))
-                t = self.call(kvc.read.default, arena, tokens, layout.key, like=c.node, fake=dense)
+                last = isinstance(c, Buffer) or c.kept is not None
+                t = self.call(kvc.read.default, arena, tokens, layout.key, last, like=c.node, fake=dense)
             for u in users:
                 u.replace_input_with(cache, t)
             reads = [t]
@@ -211,30 +215,37 @@ class _Rewrite:
             arena = c.past if isinstance(c, Concat) else c.node  # type: ignore[assignment]
             assert arena is not None
             index = self.placeholders.index(arena)
-            start = first_position(c.positions, self.placeholders) if isinstance(c, Buffer) else None
-            self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start))
+            start, pushed = None, 0
+            if isinstance(c, Buffer) and c.positions is not None:
+                start = first_position(c.positions, self.placeholders)
+            elif isinstance(c, Buffer):
+                pushed = shape(c.x)[2]  # type: ignore[index]
+            self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start, pushed))
             self.sizes(c.metadata)
         self.arenas[c.node] = arena
         return arena
 
     def encode(self, c: Concat, layout: Layout, role: str, m: Match) -> None:
-        with self.graph.inserting_after(c.node):
-            n = shape(c.node)[2]  # type: ignore[index]
+        content = c.returned
+        with self.graph.inserting_after(content):
+            n = shape(content)[2]  # type: ignore[index]
             tokens: Any = n
             if not isinstance(n, int):
-                tokens = self.graph.call_method("size", (c.node, 2))
-                copy_meta(tokens, c.node, n)
-        anchor = tokens if isinstance(tokens, Node) else c.node
+                tokens = self.graph.call_method("size", (content, 2))
+                copy_meta(tokens, content, n)
+        anchor = tokens if isinstance(tokens, Node) else content
         with self.graph.inserting_after(anchor):
             room: Any = n + SLACK if isinstance(n, int) else self.graph.call_function(operator.add, (tokens, SLACK))
             if isinstance(room, Node):
                 copy_meta(room, c.node, n + SLACK)
         with self.graph.inserting_after(room if isinstance(room, Node) else anchor):
-            arena = self.call(kvc.encode.default, c.node, room, layout.key, like=c.node)
+            arena = self.call(kvc.encode.default, content, room, layout.key, like=c.node)
         for i, r in enumerate(self.returned[: self.results]):
-            if r is c.node:
+            if r is content:
                 self.returned[i] = arena
-                self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, self.number(tokens)))
+                length = self.number(tokens)
+                appended = length if c.kept else None
+                self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, length, None, appended))
 
     def number(self, tokens: Any) -> int:
         """A token count as `Output.tokens`: itself, or `~i` for an output that is added for it."""
@@ -285,11 +296,29 @@ class _Rewrite:
                 p.meta.pop("tensor_dict", None)
                 p.meta.pop("grapharg", None)
 
+    def slid(self, i: int, c: Concat, arena: Node, past: int, layout: Layout, m: Match, role: str) -> None:
+        """Output i is a sliding window: the last tokens of an arena that holds some more."""
+        sizes: list[Any] = []
+        for node in (c.returned, c.x):
+            n: Any = shape(node)[2]  # type: ignore[index]
+            if not isinstance(n, int):
+                with self.graph.inserting_before(self.out):
+                    size = self.graph.call_method("size", (node, 2))
+                    copy_meta(size, node, n)
+                n = size
+            sizes.append(self.number(n))
+        self.returned[i] = None if arena is c.past else arena
+        place = ~past if arena is c.past else i
+        self.outputs.append(Output(i, place, layout.key, m.site.layer, role, False, sizes[0], None, sizes[1], past))
+
     def grown(self, c: Concat, arena: Node, layout: Layout, m: Match, role: str) -> None:
         past = self.placeholders.index(c.past)  # type: ignore[arg-type]
         n: Any = shape(c.x)[2]  # type: ignore[index]
         for i, r in enumerate(self.returned[: self.results]):
-            if r is not c.node:
+            if r is not c.returned:
+                continue
+            if c.kept is not None:
+                self.slid(i, c, arena, past, layout, m, role)
                 continue
             if arena is c.past:
                 self.returned[i] = None

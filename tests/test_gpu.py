@@ -59,3 +59,22 @@ def decode_cloned(call, cache, ids, forced):
         torch.compiler.cudagraph_mark_step_begin()
         logits.append(call(input_ids=forced[:, i : i + 1].clone(), past_key_values=cache).logits.clone())
     return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_window_slides(kind, mode):
+    """A sliding window is read back; the arena drops what leaves it, between replays of a CUDA graph too."""
+    model, ids = tiny("mistral", layers=1, sliding_window=16, device="cuda"), prompt(tokens=13, device="cuda")
+    steps = 330
+    forced = prompt(tokens=steps, seed=2, device="cuda")
+    want = decode(model, new_cache(model, kind, 512), ids, steps=steps, forced=forced)
+    compiled = torch.compile(model, backend="kvc", options={"spec": {"kvc": 1}, "mode": mode})
+    cache = new_cache(model, kind, 512)
+    got = [compiled(input_ids=ids, past_key_values=cache).logits.clone()]
+    for i in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        got.append(compiled(input_ids=forced[:, i : i + 1].clone(), past_key_values=cache).logits.clone())
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-3, rtol=1e-3)
+    assert cache.layers[0].keys.arena.shape[1] < 2 * 2 * 16 * 4 * 800

@@ -1,0 +1,128 @@
+"""Caches that no fused attention reads: stored compressed all the same, and right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_zoo import build
+from torch import nn
+
+import kvc_compile.backend as backend
+from kvc_compile.handle import CacheHandle
+from kvc_compile.plan import SLACK
+from kvc_compile.report import report
+from models import decode, new_cache, prompt, tiny
+
+LOSSLESS = {"kvc": 1}
+
+
+@pytest.fixture(autouse=True)
+def no_inductor(monkeypatch):
+    monkeypatch.setattr(backend, "lower", lambda gm, inputs, request, births: gm.forward)
+    yield
+    torch._dynamo.reset()
+
+
+def compressed(cache) -> bool:
+    return all(isinstance(t, CacheHandle) for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "gemma2", "diffllama", "deepseek_v32", "xglm"])
+def test_attention_of_any_form(name, kind):
+    """Latents that are expanded, sinks, capped scores, two attentions on one cache, an indexer, three dimensions."""
+    model = build(name, "eager" if name in ("gpt_oss", "gemma2", "xglm") else "sdpa")
+    ids = prompt(batch=2, tokens=12)
+    forced = prompt(batch=2, tokens=8, seed=2)
+    want = decode(model, new_cache(model, kind, 32), ids, forced=forced)
+    cache = new_cache(model, kind, 32)
+    got = decode(torch.compile(model, backend="kvc", options=LOSSLESS), cache, ids, forced=forced)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert compressed(cache)
+    found = report(model)
+    assert {s.status for s in found.sites} == {"compressed"} and "read back" in {s.pattern for s in found.sites}
+    assert "read back" in found.text()
+
+
+# ---------------------------------------------------------------- sliding windows
+
+
+def sliding(window: int = 16, **config):
+    return tiny("mistral", layers=1, sliding_window=window, **config)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("tokens", [5, 16, 40])
+def test_a_window_slides(kind, tokens):
+    """Filled by the prompt, or later; for so long that old tokens are dropped."""
+    model, ids = sliding(), prompt(tokens=tokens)
+    steps = SLACK + 150
+    forced = prompt(tokens=steps, seed=2)
+    want = decode(model, new_cache(model, kind, 1024), ids, steps=steps, forced=forced)
+    cache = new_cache(model, kind, 1024)
+    got = decode(torch.compile(model, backend="kvc", options=LOSSLESS), cache, ids, steps=steps, forced=forced)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert compressed(cache)
+    k = cache.layers[0].keys
+    assert k.arena.shape[1] < k.stored.row_bytes(16 + 2 * SLACK), "what left the window is dropped"
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "kivi-2bit"])
+def test_a_window_of_codes_does_not_wear_out(spec, kind):
+    """Dropping old tokens encodes nothing anew: the error after many steps is that of the first ones."""
+    model, ids = sliding(window=40), prompt(tokens=60)
+    steps = SLACK + 100
+    forced = prompt(tokens=steps, seed=2)
+    want = decode(model, new_cache(model, kind, 1024), ids, steps=steps, forced=forced)[:, 60:]
+    cache = new_cache(model, kind, 1024)
+    got = decode(torch.compile(model, backend="kvc", options=spec), cache, ids, steps=steps, forced=forced)[:, 60:]
+    error = (got - want).abs().mean((0, 2))
+    assert compressed(cache)
+    assert float(error[-100:].mean()) < 2 * float(error[50:150].mean())
+    assert float((got - want).abs().mean()) < float(want.std()) / 10
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_chunks_into_a_window(kind):
+    model, cache_length = sliding(), 256
+    compiled = torch.compile(model, backend="kvc", options=LOSSLESS)
+    plain, ours = new_cache(model, kind, cache_length), new_cache(model, kind, cache_length)
+    with torch.no_grad():
+        for i, n in enumerate((9, 7, 3, 1, 1, 20, 5, 1)):
+            ids = prompt(tokens=n, seed=i)
+            want = model(input_ids=ids, past_key_values=plain).logits
+            got = compiled(input_ids=ids, past_key_values=ours).logits
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- written otherwise
+
+
+class Scaled(nn.Module):
+    """Appends to a cache, or halves it in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x, cache, positions, halve: bool):
+        if halve:
+            cache.mul_(0.5)
+            return cache.sum()
+        cache.index_copy_(2, positions, x @ self.w)
+        mask = torch.arange(32) <= positions[:, None]
+        return nn.functional.scaled_dot_product_attention(x, cache, cache * 2, attn_mask=mask)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_written_otherwise_becomes_plain():
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(1, 2, 3, 16)
+    compiled = torch.compile(model, backend="kvc", options=LOSSLESS)
+    plain, ours = torch.zeros(1, 2, 32, 16), torch.zeros(1, 2, 32, 16)
+    for step, halve in enumerate((False, True, False)):
+        positions = torch.arange(3) + 3 * step
+        torch.testing.assert_close(compiled(x, ours, positions, halve), model(x, plain, positions, halve))
+        content = ours.dense() if isinstance(ours, CacheHandle) else ours
+        torch.testing.assert_close(content, plain)
