@@ -14,7 +14,7 @@ from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
-from kvc_compile.plan import SLACK
+from kvc_compile.plan import SLACK, window_row_bytes
 
 log = logging.getLogger("kvc_compile")
 _owners = iter(range(1, 1 << 62))
@@ -83,10 +83,11 @@ def make_room(window: CacheHandle, tokens: int) -> None:
     total = getattr(arena, "kvc_total", None)
     if total is None:
         total = reference.lengths(reference.views(arena, layout))[0]
-    if layout.body_tokens(total + tokens) > layout.capacity_of(arena.shape[1]):
+    size = window_row_bytes(layout, visible, tokens)
+    if arena.shape[1] != size or layout.body_tokens(total + tokens) > layout.capacity_of(size):
         total -= reference.trim(arena, layout, visible)
-        if layout.body_tokens(total + tokens) > layout.capacity_of(arena.shape[1]):
-            window.arena = moved(cpu.grow(arena, visible + tokens + SLACK, layout), arena)
+    if arena.shape[1] != size:
+        window.arena = moved(cpu.resize(arena, size, layout), arena)
     window.arena.kvc_total = total + tokens  # type: ignore[attr-defined]
 
 

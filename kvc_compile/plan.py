@@ -13,6 +13,12 @@ WORD = {"cpu": 8, "cuda": 16}  # bits of a packing word: what the device unpacks
 SLACK = 256  # tokens by which a cache of no fixed length grows at a time
 
 
+def window_row_bytes(layout: Layout, window: int, pushed: int) -> int:
+    """Row bytes of the arena of a full window to which `pushed` tokens are appended at a time: room for many steps
+    before the tokens that fell out of it are dropped. One size, as the graph is compiled for it."""
+    return layout.row_bytes(window + max(pushed, SLACK) + SLACK + layout.unit)
+
+
 @dataclass(frozen=True)
 class SitePlan:
     """The layouts of one attention's cache pair."""

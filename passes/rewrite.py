@@ -36,7 +36,7 @@ from kvc_compile.passes.fx import copy_meta, erase_unused, is_mutation, output, 
 from kvc_compile.passes.readback import born, size_of
 from kvc_compile.passes.recognise import Match
 from kvc_compile.passes.views import dims
-from kvc_compile.plan import SLACK, Plan, SitePlan
+from kvc_compile.plan import SLACK, Plan, SitePlan, window_row_bytes
 
 kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
 
@@ -356,11 +356,14 @@ def convert_placeholder(node: Node, i: Input) -> None:
     """The placeholder's value in the lowered graph: the arena."""
     old = value(node)
     layout = Layout.parse(i.layout)
-    if isinstance(old, CacheHandle):
+    if isinstance(old, CacheHandle) and not i.pushed:
         arena = old.arena
     else:
-        with old.fake_mode:
-            arena = torch.empty(old.shape[0], layout.row_bytes(int(old.shape[2])), dtype=torch.uint8, device=old.device)
+        mode = old.arena.fake_mode if isinstance(old, CacheHandle) else old.fake_mode  # type: ignore[attr-defined]
+        tokens = int(old.shape[2])
+        size = window_row_bytes(layout, tokens, i.pushed) if i.pushed else layout.row_bytes(tokens)
+        with mode:
+            arena = torch.empty(old.shape[0], size, dtype=torch.uint8, device=old.device)
     node.meta["example_value"] = arena
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta.pop("grapharg", None)

@@ -17,8 +17,9 @@ LOSSLESS = {"kvc": 1}
 
 
 @pytest.fixture(autouse=True)
-def no_inductor(monkeypatch):
-    monkeypatch.setattr(backend, "lower", lambda gm, inputs, request, births: gm.forward)
+def no_inductor(monkeypatch, request):
+    if "through Inductor" not in request.node.name:
+        monkeypatch.setattr(backend, "lower", lambda gm, inputs, request, births: gm.forward)
     yield
     torch._dynamo.reset()
 
@@ -52,7 +53,7 @@ def sliding(window: int = 16, **config):
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("tokens", [5, 16, 40])
+@pytest.mark.parametrize("tokens", [5, 16, 40, pytest.param(40, id="through Inductor")])
 def test_a_window_slides(kind, tokens):
     """Filled by the prompt, or later; for so long that old tokens are dropped."""
     model, ids = sliding(), prompt(tokens=tokens)
@@ -64,7 +65,7 @@ def test_a_window_slides(kind, tokens):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
     assert compressed(cache)
     k = cache.layers[0].keys
-    assert k.arena.shape[1] < k.stored.row_bytes(16 + 2 * SLACK), "what left the window is dropped"
+    assert k.arena.shape[1] <= k.stored.row_bytes(16 + 2 * SLACK + k.stored.unit), "what left the window is dropped"
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
