@@ -168,10 +168,8 @@ def _read_softmax(node: Node) -> Attention | NotAttention | None:
         s = s.args[0]
     if not is_call(s, *MATMUL) or len(s.users) != 1:
         if is_call(out, *MATMUL):
-            return NotAttention(
-                node,
-                f"the scores come from {getattr(s.target, '__name__', s.target) if isinstance(s, Node) else s}, not from query x key",
-            )
+            what = getattr(s.target, "__name__", s.target) if isinstance(s, Node) else s
+            return NotAttention(node, f"the scores come from `{what}`, not from query x key")
         return None
     inner.append(s)
     q, k = s.args[:2]
