@@ -326,8 +326,9 @@ def of(compiles: Iterable[Compile], owners: Iterable[str] = ()) -> Report:
     group = list(compiles)
     spec = group[-1].request.spec
     found: dict[tuple, list[tuple[SitePlan | Declined, str, bool, str]]] = {}
+    whole = whole_places({p for c in group for p in c.places})
     for c in group:
-        places = c.places or ("",) * len(c.plan.entries)
+        places = [whole[p] for p in c.places] or [""] * len(c.plan.entries)
         kinds = {e.site.key.kind for e in c.plan.planned}
         usual = kinds.pop() if len(kinds) == 1 else ""
         ordinal: dict[tuple, int] = {}
@@ -345,6 +346,17 @@ def of(compiles: Iterable[Compile], owners: Iterable[str] = ()) -> Report:
     sites = tuple(_merge(entries) for entries in found.values())
     note = "" if sites else "no attention was found in what was compiled"
     return Report(spec.name, spec.digest, len(group), sites, tuple(sorted(owners)), note)
+
+
+def whole_places(places: set[str]) -> dict[str, str]:
+    """Each place as a graph of the whole model names it: graph breaks make frames that start further inside."""
+    found = {}
+    for place in places:
+        longer = [p for p in places if place and p.endswith(f".{place}")]
+        found[place] = (
+            max(longer, key=len) if longer and all(max(longer, key=len).endswith(p) for p in longer) else place
+        )
+    return found
 
 
 def _number(place: str) -> int | None:

@@ -75,7 +75,21 @@ def recognise(gm: GraphModule) -> list[Match | Declined]:
             matches.append(Declined(index, a.node.name, str(e), where(a.node)))
     matches = check_uses(gm.graph, matches, inner)
     readers = Readers(gm.graph, {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)})
-    return [m if isinstance(m, Match) else read_back(m, readers) for m in matches]
+    matches = [m if isinstance(m, Match) else read_back(m, readers) for m in matches]
+    return matches + unread(readers, matches)
+
+
+def unread(readers: Readers, matches: list[Match | Declined]) -> list[Match | Declined]:
+    """Caches that are appended to here while their attention is in another graph: not compressed, and said so."""
+    known = {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)} | readers.visited
+    found: list[Match | Declined] = []
+    for n in readers.graph.nodes:
+        c = None if n in known else readers.cache(n)
+        if c is not None and (isinstance(c, Buffer) or c.past is not None):
+            what = source(c.node if isinstance(c, Buffer) else c.past) or n.name  # type: ignore[arg-type]
+            reason = f"{what} is appended to in a graph that does not hold its attention (a graph break between them?)"
+            found.append(Declined(len(matches) + len(found), n.name, reason, where(n)))
+    return found
 
 
 def read_back(d: Declined, readers: Readers) -> Match | Declined:
