@@ -79,6 +79,7 @@ def read_buffer(node: Node) -> Buffer:
     s = shape(node)
     if s is None or len(s) != 4:
         raise Decline(f"{what} is no cache tensor [batch, heads, tokens, channels]")
+    alone_in_memory(node)
     appends = [u for u in node.users if is_mutation(u)]
     if not appends:
         raise Decline(f"nothing in this graph is appended to {what} before attention reads it")
@@ -92,6 +93,22 @@ def read_buffer(node: Node) -> Buffer:
         raise Decline(f"{value(x).dtype} is written to {what}, which is {value(node).dtype}")
     metadata = tuple(u for u in node.users if is_call(u, *SIZES))
     return Buffer(node, node.op != "placeholder", append, positions, consecutive(positions), x, metadata)
+
+
+def alone_in_memory(node: Node) -> None:
+    """A cache that the caller made shares its memory with no other tensor: another would not follow it."""
+    v = value(node)
+    if node.op != "placeholder" or hasattr(v, "arena"):
+        return
+    others = (value(p) for p in node.graph.find_nodes(op="placeholder") if p is not node)
+    memory = v.untyped_storage()
+    if v._is_view() or memory.nbytes() != v.numel() * v.itemsize:
+        raise Decline(f"{source(node) or node.name} is a view of another tensor, which would not follow it")
+    if any(
+        isinstance(o, torch.Tensor) and not hasattr(o, "arena") and o.untyped_storage()._cdata == memory._cdata
+        for o in others
+    ):
+        raise Decline(f"{source(node) or node.name} shares its memory with another input")
 
 
 def _read_append(node: Node, buffer: Node) -> tuple[Node, Node]:
@@ -145,6 +162,7 @@ def read_concat(node: Node) -> Concat:
 def read_window(node: Node) -> Buffer:
     """A full window [B, H, W, D] that appending x pushes the oldest tokens out of: `copy_` of the last W tokens of
     itself and x, put together by `roll` for one token and by `cat` for more."""
+    alone_in_memory(node)
     what, s = source(node) or node.name, shape(node)
     writes = [u for u in node.users if is_mutation(u)]
     if len(writes) != 1 or not is_call(writes[0], "copy_") or len(writes[0].args) != 2 or writes[0].args[0] is not node:

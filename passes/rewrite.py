@@ -125,6 +125,11 @@ class _Rewrite:
         copy_meta(node, like, fake)
         return node
 
+    def replace(self, old: Node, new: Any) -> None:
+        """Everywhere, the outputs that are being collected included."""
+        old.replace_all_uses_with(new)
+        self.returned = [new if r is old else r for r in self.returned]
+
     # ------------------------------------------------------------ one site
 
     def site(self, m: Match, p: SitePlan) -> None:
@@ -165,7 +170,7 @@ class _Rewrite:
         """Put `new` in the attention's place and remember the appends that follow it."""
         a = m.attention
         assert a is not None
-        a.node.replace_all_uses_with(new)
+        self.replace(a.node, new)
         self.dead += [a.node]
         for c, layout in ((m.key, p.key), (m.value, p.value)):
             self.last_read[c.node] = new
@@ -258,7 +263,7 @@ class _Rewrite:
         """Reads of a handle's sizes become constants or the graph's own symbols."""
         for n in (n for m in metadata for n in read_sizes(m)):
             if n.users:
-                n.replace_all_uses_with(size_value(n, self.placeholders))
+                self.replace(n, size_value(n, self.placeholders))
             self.graph.erase_node(n)
 
     # ------------------------------------------------------------ the end of the graph

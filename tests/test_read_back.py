@@ -127,3 +127,28 @@ def test_a_cache_that_is_written_otherwise_becomes_plain():
         torch.testing.assert_close(compiled(x, ours, positions, halve), model(x, plain, positions, halve))
         content = ours.dense() if isinstance(ours, CacheHandle) else ours
         torch.testing.assert_close(content, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_view_of_a_larger_tensor_is_left_alone(shared):
+    """A handle in its place would no longer be a part of that tensor. The attention is the graph's only output."""
+
+    def step(q, k, v, keys, values, positions):
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, v)
+        mask = torch.arange(32) <= positions[:, None]
+        return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+    compiled = torch.compile(step, backend="kvc", options=LOSSLESS)
+    both, alone = torch.zeros(2, 1, 2, 32, 16), [torch.zeros(1, 2, 32, 16) for _ in "kv"]
+    caches = [both[0], both[1]] if shared else alone
+    plain = [torch.zeros(1, 2, 32, 16) for _ in "kv"]
+    for i in range(3):
+        x = [torch.randn(1, 2, 2, 16) for _ in "qkv"]
+        positions = torch.arange(2) + 2 * i
+        torch.testing.assert_close(compiled(*x, *caches, positions), step(*x, *plain, positions))
+    if shared:
+        torch.testing.assert_close(both, torch.stack(plain))
+    else:
+        assert all(isinstance(c, CacheHandle) for c in caches)
