@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvc_compile.handle import CacheHandle, Tag, become, growing, track
-from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
@@ -82,10 +81,10 @@ def make_room(window: CacheHandle, tokens: int) -> None:
     arena, layout, visible = window.arena, window.stored, window.shape[2]
     total = getattr(arena, "kvc_total", None)
     if total is None:
-        total = reference.lengths(reference.views(arena, layout))[0]
+        total = cpu.length(arena, layout)
     size = window_row_bytes(layout, visible, tokens)
     if arena.shape[1] != size or layout.body_tokens(total + tokens) > layout.capacity_of(size):
-        total -= reference.trim(arena, layout, visible)
+        total -= cpu.trim(arena, layout, visible)
     if arena.shape[1] != size:
         window.arena = moved(cpu.resize(arena, size, layout), arena)
     window.arena.kvc_total = total + tokens  # type: ignore[attr-defined]
@@ -130,7 +129,7 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
         if o.past is not None:
             total += args[o.past].arena.kvc_total
         if total - tokens > SLACK:
-            total -= reference.trim(arena, layout, tokens)
+            total -= cpu.trim(arena, layout, tokens)
     if not o.static and layout.body_tokens(total + 1) > layout.capacity_of(arena.shape[1]):
         arena = cpu.grow(arena, total + SLACK, layout)  # the next token must fit without moving the arena
     track(arena, Tag(owner, o.layer, o.role))

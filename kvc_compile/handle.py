@@ -12,9 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from kvc_compile.kernels import reference
 from kvc_compile.layout import Layout
-from kvc_compile.lowering import ops
+from kvc_compile.lowering import cpu, ops
 
 aten = torch.ops.aten
 
@@ -184,9 +183,9 @@ def first_tokens(h: CacheHandle, index: object) -> int | None:
 def crop(h: CacheHandle, tokens: int) -> CacheHandle:
     """A copy that holds the first tokens only; not a view, so writes to it are on it alone."""
     out = _clone(h)
-    held = reference.lengths(reference.views(out.arena, h.stored))[0]
+    held = cpu.length(out.arena, h.stored)
     last = held - h.shape[2] + tokens if h.window else tokens
-    reference.rewind(out.arena, h.stored, last)
+    cpu.rewind(out.arena, h.stored, last)
     out.arena.kvc_total = last
     return growing(out.arena, h.layout_key, tokens, h.window)
 

@@ -1,8 +1,8 @@
 """The kvc:: operators on the CPU: the reference semantics, its bulk compiled by Inductor where that pays, and decode
 steps over caches that are not small by the C++ kernels of `lowering.native`.
 
-Reading a length from an arena costs nothing here, so only the valid tokens are touched. `grow` runs on any device: it
-is not on the path of a decode step.
+Reading a length from an arena costs nothing here, so only the valid tokens are touched. What follows `read` runs on
+any device: it is not on the path of a decode step.
 """
 
 from __future__ import annotations
@@ -69,8 +69,23 @@ def attend(
 
 
 def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:
-    first = max(0, reference.lengths(reference.views(data, layout))[0] - tokens) if last else 0
+    first = max(0, length(data, layout) - tokens) if last else 0
     return reference.read(data, layout, first, first + tokens)
+
+
+def length(data: Tensor, layout: Layout) -> int:
+    """The number of tokens in an arena."""
+    return reference.lengths(reference.views(data, layout))[0]
+
+
+def rewind(data: Tensor, layout: Layout, tokens: int) -> None:
+    """Forget all but the first tokens."""
+    reference.rewind(data, layout, tokens)
+
+
+def trim(data: Tensor, layout: Layout, tokens: int) -> int:
+    """Forget all but the last tokens and a few more: `kernels.reference.trim`."""
+    return reference.trim(data, layout, tokens)
 
 
 def grow(data: Tensor, tokens: int, layout: Layout) -> Tensor:

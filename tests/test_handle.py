@@ -288,7 +288,7 @@ def samples(op: str, name: str):
     if op == "extend":
         return (arena, torch.randn(2, 2, 7, 16), key)
     if op == "read":
-        return (arena, ROOM, key)
+        return (arena, ROOM, key, False)
     assert op == "attend" and layout
     mask = torch.zeros(2, 1, 1, ROOM, dtype=torch.bool)
     mask[..., : N + 1] = True
