@@ -304,6 +304,9 @@ WRITE = {
         "grown",
         needs={"mask": "computed"},
     ),
+    "cat of heads": near(
+        write("ck = torch.cat([ck, k], 1)"), "grown", needs={"mask": "none", "schedule": "two tokens"}
+    ),
     "pad and write": near(write("ck = F.pad(past(ck, k), (0, 0, 0, n))\nck[:, :, -n:] = k"), "grown"),
     "cat, one cache for both": near("ck = cv = torch.cat([ck, k], 2)", "grown"),
     "cat, not kept": near(
@@ -712,7 +715,7 @@ AFTER = {
     "attention over what is there": near("keys, values = ck, cv\nout = out + " + SDPA.format("")),
     "sum": near("extra = extra + ck.sum()"),
     "sum of values": near("extra = extra + cv.sum()"),
-    "sum of the operand": near("extra = extra + keys.sum()"),
+    "sum of the operand": near("extra = extra + keys.sum()", needs={"read": "all tokens"}),
     "sum of the last tokens": near("extra = extra + cv[:, :, -2:].sum()"),
     "sum in the prefill": near("if n > 1:\n    extra = extra + ck.sum()"),
     "sum in decode steps": near("if n == 1:\n    extra = extra + ck.sum() + cv.sum()"),
@@ -781,6 +784,7 @@ SIZES = {
 SCHEDULE: dict[str, tuple[Choice, Any]] = {
     "a prompt and two tokens": (same(), lambda p, w: [range(p), [p], [p + 1]]),
     "chunks": (same(), lambda p, w: [range(p), range(p, p + 3), [p + 3]]),
+    "two tokens": (same(), lambda p, w: [[0], [1]]),
     "token by token": (same(), lambda p, w: [[0], [1], [2]]),
     "a second prompt": (same(), lambda p, w: [range(p), [p], range(p - 1), [p - 1]]),
     "prompts of three lengths": (same(), lambda p, w: [range(p), [p], range(p + 1), [p + 1], range(p - 1), [p - 1]]),
@@ -1074,12 +1078,14 @@ def drive(v: Variant, compiled: bool) -> list[Any]:
         shown = (torch.arange(length) <= (pos % length)[:, None])[None, None]
         x = torch.randn(s.b, 1, n, 8, generator=generator)
         torch.manual_seed(i)
-        step = model if not i and v.name("holder") == "filled without" else call
+        step = model if not i and len(steps) > 1 and v.name("holder") == "filled without" else call
         out = step(x, pos, shown, positions[0], *held)
         if v.kind != "static":
             held = between(v.name("holder"), *out[-2:])
         last = None if v.kind == "grown" else positions[-1] + 1
-        outputs += [plain(t) for t in (*out[:2], pos, shown)] + [plain(t, last) for t in out[2:]]
+        outputs += (
+            [out[0].requires_grad] + [plain(t) for t in (*out[:2], pos, shown)] + [plain(t, last) for t in out[2:]]
+        )
     return outputs + [plain(t, last) for t in (*seen, *model.buffers())]
 
 
@@ -1194,6 +1200,7 @@ KNOWN = [
         {"schedule": "round and round"},
     ),
     Known("`Decline` from the rewrite", {"read": "view", "mode": "dynamic"}, ("born",), {"mode": "dynamic"}),
+    Known("Dynamo compiles `__torch_dispatch__` of a handle", {"read": "mT twice", "result": "the operands"}, FIXED),
     Known(NOTHING, {"mask": "left padding, finite"}, FIXED),
     Known(
         NOTHING,
