@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvc_compile.handle import CacheHandle, Tag, become, growing, track
+from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, track
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
@@ -62,11 +62,18 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
     """The handle of a cache input; a plain tensor is imported first, and its storage released."""
     tensor = args[i.index]
     if not isinstance(tensor, CacheHandle):
+        if held_elsewhere(tensor):
+            raise RuntimeError(
+                f"layer {i.layer}: the memory of this cache tensor {tuple(tensor.shape)} is held by another tensor too "
+                "(a view, `.detach()`, `.data`), which would not follow the compressed cache: drop that one first"
+            )
         start = tensor.shape[2] if i.pushed else None if i.start is None else int(args[i.start].reshape(-1)[0])
         import_(tensor, i, start, owner)
     if i.pushed:
         make_room(tensor, i.pushed)
-    elif not i.static:
+    elif i.static:
+        settle(tensor, i, args)
+    else:
         held = getattr(tensor.arena, "kvc_length", None)
         if held is not None and held != tensor.shape[2]:
             raise RuntimeError(
@@ -76,12 +83,32 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
     return tensor
 
 
+def settle(window: CacheHandle, i: Input, args: Sequence[Any]) -> None:
+    """A static cache whose tokens were pushed along as a window's takes a new prompt, and nothing at other positions:
+    those are not the arena's any more."""
+    if window.arena.__dict__.pop("kvc_total", 0) <= window.shape[2]:
+        return
+    if i.start is None or int(args[i.start].reshape(-1)[0]) != 0:
+        raise RuntimeError(
+            f"layer {i.layer}: this compressed cache is a window that has moved on; it can be written at its end, or "
+            "from position 0, and at no other position"
+        )
+
+
 def make_room(window: CacheHandle, tokens: int) -> None:
     """Room for `tokens` more in the arena of a full window, whose oldest tokens may go."""
     arena, layout, visible = window.arena, window.stored, window.shape[2]
     total = getattr(arena, "kvc_total", None)
     if total is None:
         total = cpu.length(arena, layout)
+        if total < visible:  # what a cache that is not full holds after its end is zeros
+            ops.store(
+                arena,
+                arena.new_zeros((*window.shape[:2], visible - total, window.shape[3]), dtype=window.dtype),
+                None,
+                layout,
+            )
+            total = visible
     size = window_row_bytes(layout, visible, tokens)
     if arena.shape[1] != size or layout.body_tokens(total + tokens) > layout.capacity_of(size):
         total -= cpu.trim(arena, layout, visible)
@@ -118,6 +145,8 @@ def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
 
 def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHandle:
     """The handle that the caller gets in place of a cache tensor."""
+    if o.static and o.arena < 0:
+        return args[~o.arena]
     tokens = o.tokens if o.tokens >= 0 else int(outs[~o.tokens])
     if o.add_to is not None:
         tokens += args[o.add_to].shape[2]
@@ -127,7 +156,7 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
     if o.appended is not None:  # a sliding window: the arena holds some more
         total = o.appended if o.appended >= 0 else int(outs[~o.appended])
         if o.past is not None:
-            total += args[o.past].arena.kvc_total
+            total += getattr(args[o.past].arena, "kvc_total", args[o.past].shape[2])
         if total - tokens > SLACK:
             total -= cpu.trim(arena, layout, tokens)
     if not o.static and layout.body_tokens(total + 1) > layout.capacity_of(arena.shape[1]):

@@ -97,11 +97,13 @@ class CacheHandle(torch.Tensor):
     def __repr__(self, *, tensor_contents=None):  # type: ignore[override]
         return f"CacheHandle({tuple(self.shape)}, {self.dtype}, {self.device}, {self.layout_key})"
 
+    @torch._disable_dynamo
     def dense(self) -> Tensor:
         """The content as a plain tensor, dequantised."""
         return ops.read(self.arena, self.shape[2], self.layout_key, self.static or self.window)
 
     @classmethod
+    @torch._disable_dynamo  # a call from a frame between two graphs is not itself a frame to compile
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
@@ -194,6 +196,8 @@ def growing(arena: Tensor, layout_key: str, tokens: int, window: bool = False) -
     """A handle whose length changes from step to step: one graph for all lengths."""
     torch._dynamo.maybe_mark_dynamic(arena, 1)
     arena.kvc_length = tokens  # type: ignore[attr-defined]
+    if not window:
+        arena.__dict__.pop("kvc_total", None)
     handle = CacheHandle(arena, layout_key, tokens, False, window)
     torch._dynamo.maybe_mark_dynamic(handle, 2)
     return handle
@@ -248,6 +252,14 @@ _HANDLERS = {
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
 }
+
+
+def held_elsewhere(tensor: Tensor) -> bool:
+    """Whether another tensor (a view, `.detach()`, `.data`, a Parameter) lives in the same memory: it would keep the
+    memory, and not follow what is written to the cache."""
+    if isinstance(tensor, (FakeTensor, CacheHandle)):
+        return False
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2  # the tensor and the storage object here
 
 
 def become(tensor: Tensor, other: Tensor) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvc_compile.kernels.reference import HIDDEN
+from kvc_compile.kernels.reference import HIDDEN, LENGTH, views
+from kvc_compile.layout import Layout
 
 
 def check_positions(mask: Tensor | None, positions: Tensor, consecutive: bool) -> None:
@@ -17,6 +18,15 @@ def check_positions(mask: Tensor | None, positions: Tensor, consecutive: bool) -
         tail = torch.arange(mask.shape[-1], device=mask.device) > positions[-1]
         shown = (mask if mask.dtype == torch.bool else mask > HIDDEN) & tail
         torch._assert_async(~shown.any(), "the attention mask shows positions that the compressed cache does not hold")
+
+
+def check_not_round(data: Tensor, positions: Tensor, tokens: int, layout: str) -> Tensor:
+    """Assert that positions [n] do not begin anew in an arena that is full: the graph may read what is written over
+    only later, and an append keeps nothing after it. What is returned was read from the arena."""
+    length = views(data, Layout.parse(layout)).header[0, 0, LENGTH]
+    begins_anew = (length == tokens) & (positions[-1] + 1 < tokens)
+    torch._assert_async(~begins_anew, "a full compressed cache is written from an earlier position: empty it first")
+    return begins_anew
 
 
 def check_first(positions: Tensor) -> None:

@@ -150,7 +150,8 @@ def attend(
     """Attention of q [B, query heads, n, Dk] over the cache and the new tokens; see `kernels.reference.attend`."""
     k, v = Layout.parse(k_layout), Layout.parse(v_layout)
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, q.shape[2], -1)
+        mask = mask.float() if mask.dtype == torch.float64 else mask
     run = _kernels().attend if q.is_cuda else cpu.attend
     return run(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v)
 

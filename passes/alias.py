@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+from typing import Any
+
 from torch.fx import Node
+
+from kvc_compile.passes.fx import writes
 
 # operators whose result never shares memory with an input, by name: of all others it is assumed
 _NEW_MEMORY = (
@@ -19,15 +23,14 @@ def name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def target(mutation: Node) -> Node:
-    """What an in-place operator writes to."""
-    out = mutation.kwargs.get("out")
-    return out if isinstance(out, Node) else mutation.all_input_nodes[0]
+def makes_memory(node: Node) -> bool:
+    """Whether the result of `node` shares memory with none of its inputs."""
+    return node.op != "placeholder" and name(node) in NEW_MEMORY and not writes(node)
 
 
 def root(node: Node) -> Node:
     """The memory that a view is a view of, as far back as first inputs lead."""
-    while node.op != "placeholder" and name(node) not in NEW_MEMORY and node.all_input_nodes:
+    while node.op != "placeholder" and not makes_memory(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -39,25 +42,10 @@ def leads_to(node: Node, caches: set[Node]) -> bool:
         n = stack.pop()
         if n in caches:
             return True
-        if n in seen or n.op == "placeholder" or name(n) in NEW_MEMORY:
+        if n in seen or n.op == "placeholder" or makes_memory(n):
             continue
         seen.add(n)
         stack += n.all_input_nodes
-    return False
-
-
-def opaque(node: Node) -> bool:
-    """Whether a node calls something that may write to its inputs without its name saying so."""
-    if node.op == "call_module":
-        return True
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return "flex_attention" not in name(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return any(getattr(node.target, o)._schema.is_mutable for o in node.target.overloads())
     return False
 
 
@@ -69,8 +57,19 @@ def memory(node: Node) -> set[Node]:
         if n in seen:
             continue
         seen.add(n)
-        if n.op == "placeholder" or name(n) in NEW_MEMORY or not n.all_input_nodes:
+        if n.op == "placeholder" or makes_memory(n) or not n.all_input_nodes:
             found.add(n)
         else:
             stack += n.all_input_nodes
     return found
+
+
+def written_between(first: Node, last: Node, *read: Any, but: Iterable[Node] = ()) -> Node | None:
+    """A node after `first` and before `last`, and none of `but`, that may write to the memory of one of `read`."""
+    ours = {m for r in read if isinstance(r, Node) for m in memory(r)}
+    n = first.next
+    while n is not last and n.op != "output":
+        if n not in but and any(memory(w) & ours for w in writes(n)):
+            return n
+        n = n.next
+    return None

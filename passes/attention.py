@@ -145,6 +145,9 @@ def _read_softmax(node: Node) -> Attention | NotAttention | None:
             return None
         inner.append(user)
         p = user
+    rounded = {value(n).dtype for n in inner if torch.promote_types(value(n).dtype, value(out).dtype) != value(n).dtype}
+    if rounded:
+        return NotAttention(node, f"the attention weights are rounded to {rounded.pop()}")
     # up: scores = matmul(q, k^T) [* scale] [+ mask]
     mask: Node | None = None
     scale = 1.0

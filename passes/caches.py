@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kvc_compile.passes.fx import is_call, is_mutation, same, same_shape, shape, source, value
-from kvc_compile.passes.views import FULL, Peeled, peel
+from kvc_compile.passes.alias import written_between
+from kvc_compile.passes.fx import is_call, same, same_shape, shape, source, value, writes
+from kvc_compile.passes.views import FULL, Peeled, dims, peel
 
 SIZES = ("size", "numel", "dim", "stride", "is_contiguous")
 ZEROS = (torch.zeros, "new_zeros")
+HELD_ELSEWHERE = "kvc_held_elsewhere"  # in the meta of a placeholder: another tensor lives in its memory
 
 
 class Decline(Exception):
@@ -55,6 +57,13 @@ class Concat:
         return self.kept or self.node
 
 
+def kind(c: Buffer | Concat) -> str:
+    """As `sites.CacheTensor.kind` says it."""
+    if isinstance(c, Buffer):
+        return "born" if c.born else "static"
+    return "grown" if c.past is not None and hasattr(value(c.past), "arena") else "fresh"
+
+
 def trace_operand(operand: Node, transposed: bool) -> tuple[Peeled, Buffer | Concat]:
     """The cache tensor behind an operand of attention, or `Decline`."""
     peeled = peel(operand)
@@ -80,7 +89,7 @@ def read_buffer(node: Node) -> Buffer:
     if s is None or len(s) != 4:
         raise Decline(f"{what} is no cache tensor [batch, heads, tokens, channels]")
     alone_in_memory(node)
-    appends = [u for u in node.users if is_mutation(u)]
+    appends = [u for u in node.users if node in writes(u)]
     if not appends:
         raise Decline(f"nothing in this graph is appended to {what} before attention reads it")
     if len(appends) > 1:
@@ -91,8 +100,18 @@ def read_buffer(node: Node) -> Buffer:
         raise Decline(f"what is written to {what} does not have its shape, {tuple(s)}")
     if value(x).dtype != value(node).dtype:
         raise Decline(f"{value(x).dtype} is written to {what}, which is {value(node).dtype}")
+    if node.op != "placeholder":
+        born_sizes(node)
     metadata = tuple(u for u in node.users if is_call(u, *SIZES))
     return Buffer(node, node.op != "placeholder", append, positions, consecutive(positions), x, metadata)
+
+
+def born_sizes(zeros: Node) -> tuple:
+    """The four sizes that a cache is made with, numbers or nodes."""
+    sizes = zeros.kwargs.get("size") or dims(zeros, 0 if zeros.op == "call_function" else 1)
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 4:
+        raise Decline(f"the sizes that {zeros} is made with are not four numbers")
+    return tuple(sizes)
 
 
 def alone_in_memory(node: Node) -> None:
@@ -102,8 +121,8 @@ def alone_in_memory(node: Node) -> None:
         return
     others = (value(p) for p in node.graph.find_nodes(op="placeholder") if p is not node)
     memory = v.untyped_storage()
-    if v._is_view() or memory.nbytes() != v.numel() * v.itemsize:
-        raise Decline(f"{source(node) or node.name} is a view of another tensor, which would not follow it")
+    if HELD_ELSEWHERE in node.meta or v._is_view() or memory.nbytes() != v.numel() * v.itemsize:
+        raise Decline(f"{source(node) or node.name} shares its memory with another tensor, which would not follow it")
     if any(
         isinstance(o, torch.Tensor) and not hasattr(o, "arena") and o.untyped_storage()._cdata == memory._cdata
         for o in others
@@ -151,12 +170,24 @@ def read_concat(node: Node) -> Concat:
     if not isinstance(past, Node) or not isinstance(x, Node) or len(shape(x) or ()) != 4:
         raise Decline(f"`cat` of {node} does not append tokens to a cache")
     v = value(past)
+    if value(x).dtype != value(node).dtype:
+        raise Decline(f"`cat` of {v.dtype} and {value(x).dtype}")
     if isinstance(v, torch.Tensor) and v.dim() == 1 and same(v.numel(), 0):
         return Concat(node, None, x, ())
     if past.op != "placeholder":
         name = getattr(past.target, "__name__", past.target)
         raise Decline(f"the cache that {node} extends comes from `{name}`, not from the caller")
+    if v.dtype != value(node).dtype:
+        raise Decline(f"`cat` of {v.dtype} and {value(x).dtype}")
+    if getattr(v, "static", False):
+        raise Decline(f"{source(past)} is a cache of fixed length, and `cat` makes a longer one of it")
     return Concat(node, past, x, tuple(u for u in past.users if is_call(u, *SIZES)))
+
+
+def check_window(c: Concat) -> None:
+    """A cache that was a sliding window until now goes on as one: its arena holds tokens from before."""
+    if c.kept is None and getattr(value(c.past), "window", False):
+        raise Decline(f"{source(c.past)} is a sliding window, and here all of it is kept")  # type: ignore[arg-type]
 
 
 def read_window(node: Node) -> Buffer:
@@ -164,30 +195,31 @@ def read_window(node: Node) -> Buffer:
     itself and x, put together by `roll` for one token and by `cat` for more."""
     alone_in_memory(node)
     what, s = source(node) or node.name, shape(node)
-    writes = [u for u in node.users if is_mutation(u)]
-    if len(writes) != 1 or not is_call(writes[0], "copy_") or len(writes[0].args) != 2 or writes[0].args[0] is not node:
+    written = [u for u in node.users if node in writes(u)]
+    if len(written) != 1 or not is_call(written[0], "copy_") or len(written[0].args) != 2:
         raise Decline(f"{what} is no window of the last tokens")
-    (copy,) = writes
-    x = _rolled_in(copy.args[1], node) or _shifted_in(copy.args[1], node)
+    (copy,) = written
+    x = _rolled_in(copy.args[1], node, copy) or _shifted_in(copy.args[1], node, copy)
     if x is None or s is None or value(x).dtype != value(node).dtype or not isinstance(shape(x)[2], int):  # type: ignore[index]
         raise Decline(f"`copy_` writes to {what} what is not its last tokens")
     return Buffer(node, False, copy, None, True, x, tuple(u for u in node.users if is_call(u, *SIZES)))
 
 
-def _rolled_in(new: Any, cache: Node) -> Node | None:
-    """x of `new = cache.roll(-1, 2); new[:, :, tensor([-1])] = x`."""
+def _rolled_in(new: Any, cache: Node, copy: Node) -> Node | None:
+    """x of `new = cache.roll(-1, 2); new[:, :, tensor([-1])] = x`, both before `copy`."""
     if not is_call(new, "roll", torch.roll) or new.args[0] is not cache:
         return None
     bound = dict(zip(("input", "shifts", "dims"), new.args, strict=False)) | new.kwargs
-    writes = [u for u in new.users if is_mutation(u) and u.args[0] is new]
-    if bound.get("shifts") not in (-1, (-1,)) or bound.get("dims") not in (2, -2, (2,), (-2,)) or len(writes) != 1:
+    written = [u for u in new.users if new in writes(u)]
+    if bound.get("shifts") not in (-1, (-1,)) or bound.get("dims") not in (2, -2, (2,), (-2,)) or len(written) != 1:
         return None
-    if not is_call(writes[0], operator.setitem) or any(
-        is_mutation(u) for u in new.users if u not in (*writes, *cache.users)
-    ):
+    (write,) = written
+    if not is_call(write, operator.setitem) or not write < copy:
         return None
-    index, x = writes[0].args[1:]
+    index, x = write.args[1:]
     if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(x, Node):
+        return None
+    if written_between(new, write, new, index[2]) or written_between(write, copy, new, x):
         return None
     last = is_call(index[2], torch.tensor) and list(index[2].args[0]) == [-1]  # type: ignore[union-attr]
     whole = all(i == FULL for i in (*index[:2], *index[3:]))
@@ -195,8 +227,8 @@ def _rolled_in(new: Any, cache: Node) -> Node | None:
     return x if last and whole and s is not None and same_shape(x, s[0], s[1], 1, s[3]) else None
 
 
-def _shifted_in(new: Any, cache: Node) -> Node | None:
-    """x of `new = cat([cache[:, :, 1:], x], 2)[:, :, -W:]`."""
+def _shifted_in(new: Any, cache: Node, copy: Node) -> Node | None:
+    """x of `new = cat([cache[:, :, 1:], x], 2)[:, :, -W:]`, before `copy`."""
     s = shape(cache)
     if s is None or not isinstance(new, Node) or last_tokens(new) != s[2] or not is_call(new.args[0], torch.cat):
         return None
@@ -210,6 +242,8 @@ def _shifted_in(new: Any, cache: Node) -> Node | None:
         return None
     but_first = index[2] == slice(1, None, None) and all(i == FULL for i in (*index[:2], *index[3:]))
     xs = shape(x)
+    if written_between(joined, copy, joined, x):  # type: ignore[arg-type]
+        return None
     return x if but_first and xs is not None and same_shape(x, s[0], s[1], xs[2], s[3]) else None
 
 

@@ -94,9 +94,6 @@ def copy_meta(new: Node, old: Node, fake: Any = None) -> None:
         new.meta["example_value"] = fake
 
 
-PURE = {"placeholder", "output"}
-
-
 def erase_unused(graph: Graph, nodes: list[Node]) -> None:
     """Erase these nodes if unused, then their inputs that become unused; never a placeholder or a mutation.
 
@@ -105,27 +102,68 @@ def erase_unused(graph: Graph, nodes: list[Node]) -> None:
     stack = list(nodes)
     while stack:
         n = stack.pop()
-        if n._erased or n.users or n.op in PURE or is_mutation(n):
+        if n._erased or n.users or n.op in ("placeholder", "output") or writes(n) or is_call(n, *_EFFECTS):
             continue
         inputs = list(n.all_input_nodes)
         graph.erase_node(n)
         stack += inputs
 
 
-def is_mutation(node: Node) -> bool:
-    """Whether a node writes to one of its inputs, as far as its name tells (every in-place spelling ends in _)."""
+_EFFECTS = tuple(
+    getattr(torch, name) for name in ("_assert_async", "_assert_scalar", "_check", "_assert") if hasattr(torch, name)
+)
+_IN_PLACE = frozenset(
+    "i" + n for n in re.findall(r"\w+", "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor")
+)
+_KNOWN_MODULES = ("torch", "operator", "_operator", "builtins", "math")
+
+
+def writes(node: Node) -> tuple[Node, ...]:
+    """The tensors that a node may write to, decided from its operator: all that it takes, where that is not known."""
+    if node.op == "call_module":
+        return tuple(node.all_input_nodes)
     if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", str(node.target))
-        return (
-            name in ("setitem", "_assert_async", "_log_api_usage_once", "_assert_scalar", "_check")
-            or (name.endswith("_") and not name.endswith("__"))
-            or name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor")
-            or "out" in node.kwargs
-        )
-    return False
+        return _nodes(node.args[:1] if _in_place(str(node.target)) else (), node.kwargs.get("out"))
+    if node.op != "call_function":
+        return ()
+    f: Any = node.target
+    if isinstance(f, torch._ops.OpOverload):
+        return _written_by_schema(node, f._schema)
+    if isinstance(f, torch._ops.OpOverloadPacket):
+        mutable = any(getattr(f, o)._schema.is_mutable for o in f.overloads())
+        return tuple(node.all_input_nodes) if mutable else ()
+    name = getattr(f, "__name__", str(f))
+    if isinstance(f, torch._ops.HigherOrderOperator):
+        return () if "flex_attention" in name else tuple(node.all_input_nodes)
+    if (getattr(f, "__module__", None) or "torch").split(".")[0] not in _KNOWN_MODULES:
+        return tuple(node.all_input_nodes)
+    return _nodes(node.args[:1] if _in_place(name) or _inplace(node) else (), node.kwargs.get("out"))
+
+
+def _in_place(name: str) -> bool:
+    bare = name.strip("_")
+    return bare == "setitem" or bare in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _nodes(*values: Any) -> tuple[Node, ...]:
+    return tuple(x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Node))
+
+
+def _inplace(node: Node) -> bool:
+    """Whether a function is called with `inplace=True`, by keyword or by position."""
+    if True not in (*node.args, *node.kwargs.values()):
+        return False
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature: none has `inplace`
+        return bool(node.kwargs.get("inplace"))
+    return bool(bound.arguments.get("inplace"))
+
+
+def _written_by_schema(node: Node, schema: Any) -> tuple[Node, ...]:
+    names = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return _nodes([x for name, x in given.items() if name in names])
 
 
 def tensor_dtype(t: torch.dtype) -> str:

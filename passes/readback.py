@@ -15,22 +15,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.passes.alias import NEW_MEMORY, leads_to, name, opaque, root, target
+from kvc_compile.passes.alias import leads_to, makes_memory, name, root
 from kvc_compile.passes.attention import PRODUCTS, SOFTMAX
 from kvc_compile.passes.caches import (
-    SIZES,
     ZEROS,
     Buffer,
     Concat,
     Decline,
+    check_window,
+    kind,
     last_tokens,
     read_buffer,
     read_concat,
-    read_sizes,
     read_window,
     size_value,
 )
-from kvc_compile.passes.fx import is_call, is_mutation, output, shape, source, value
+from kvc_compile.passes.fx import is_call, output, shape, source, value, writes
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Readers:
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.writes: dict[Node, list[Node]] = {}  # new memory -> what is written into it
         for n in graph.nodes:
-            if is_mutation(n) and n.all_input_nodes:
-                self.writes.setdefault(root(target(n)), []).append(n)
+            for w in writes(n):
+                self.writes.setdefault(root(w), []).append(n)
 
     def pair(self, attention: Node) -> Pair:
         """The caches that `attention` reads and none before it; `Decline` where they may not be read back."""
@@ -79,7 +79,7 @@ class Readers:
         if len(found) != 2:
             raise Decline(f"it reads {len(found) or 'no'} cache{'s' if len(found) != 1 else ''} of its own")
         first, second = sorted(found.values(), key=lambda c: self.order[c.append if isinstance(c, Buffer) else c.node])
-        if type(first) is not type(second) or born(first) != born(second):
+        if type(first) is not type(second) or kind(first) != kind(second):
             raise Decline("its two caches are of different kinds")
         for c in (first, second):
             self.check(c)
@@ -103,8 +103,8 @@ class Readers:
             v = value(node)
             buffer = node.op == "placeholder" or is_call(node, *ZEROS)
             if buffer and isinstance(v, torch.Tensor) and v.dim() == 4 and v.dtype.is_floating_point:
-                writes = [u for u in node.users if is_call(u, "copy_")]
-                return read_window(node) if writes and node.op == "placeholder" else read_buffer(node)
+                copied = any(is_call(u, "copy_") and u.args[0] is node for u in node.users)
+                return read_window(node) if copied and node.op == "placeholder" else read_buffer(node)
         except Decline:
             pass
         return None
@@ -121,6 +121,7 @@ class Readers:
         else:
             ours.add(c.returned)
         if isinstance(c, Concat) and c.past is not None:
+            check_window(c)
             ours.add(c.past)
             for user in c.past.users:
                 if user is not c.node and user not in c.metadata:
@@ -131,20 +132,10 @@ class Readers:
         for n in self.graph.nodes:
             if isinstance(c, Buffer) and n is c.append:
                 continue
-            if is_mutation(n) and n.all_input_nodes and leads_to(target(n), ours):
+            if any(leads_to(w, ours) for w in writes(n)):
                 raise Decline(f"`{name(n)}` may write to {what}")
-            if opaque(n) and any(leads_to(a, ours) for a in n.all_input_nodes):
-                raise Decline(f"{what} is given to `{name(n)}`, which may write to it")
         if isinstance(c, Concat) and c.past is not None:
             size_of(c.past, self.placeholders)
-        if not born(c):
-            for n in (n for m in c.metadata for n in read_sizes(m)):
-                if any(not is_call(u, *SIZES) for u in n.users) and not isinstance(value(n), torch.Size):
-                    size_value(n, self.placeholders)
-
-
-def born(c: Buffer | Concat) -> bool:
-    return isinstance(c, Buffer) and c.born
 
 
 def rearranged(node: Node) -> set[Node]:
@@ -154,9 +145,7 @@ def rearranged(node: Node) -> set[Node]:
         n = stack.pop()
         if n not in found:
             found.add(n)
-            if n.op != "placeholder" and (
-                name(n) not in NEW_MEMORY or name(n) in ("cat", "repeat", "repeat_interleave")
-            ):
+            if n.op != "placeholder" and (not makes_memory(n) or name(n) in ("cat", "repeat", "repeat_interleave")):
                 stack += n.all_input_nodes
     return found
 

@@ -24,13 +24,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvc_compile.handle import CacheHandle
-from kvc_compile.passes.alias import memory, name, target
+from kvc_compile.passes.alias import leads_to, name, written_between
 from kvc_compile.passes.attention import Attention, NotAttention, find_attention
-from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, read_sizes, size_value, trace_operand
+from kvc_compile.passes.caches import (
+    SIZES,
+    Buffer,
+    Concat,
+    Decline,
+    check_window,
+    kind,
+    read_sizes,
+    size_value,
+    trace_operand,
+)
 from kvc_compile.passes.fx import (
     is_call,
-    is_mutation,
     module_layer,
     order,
     output,
@@ -154,9 +162,11 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
     repeated = ks[1] * kp.groups
     if qs[1] != repeated and not (a.broadcast_heads and kp.groups == 1 and qs[1] % ks[1] == 0):
         raise Decline(f"{qs[1]} query heads on {ks[1]} key heads repeated {kp.groups} times")
-    dtypes = {value(n).dtype for n in (a.q, key.node, val.node)}
+    dtypes = {value(n).dtype for n in (a.q, key.node, val.node, a.node)}
     if len(dtypes) > 1:
-        raise Decline(f"queries, keys and values of different dtypes: {sorted(map(str, dtypes))}")
+        raise Decline(f"queries, keys, values and output of different dtypes: {sorted(map(str, dtypes))}")
+    if any(n is not None and leads_to(n, {key.node, val.node}) for n in (a.q, a.mask)):
+        raise Decline("the queries or the mask are a view of the cache")
     if ks[3] % 4 or vs[3] % 4:
         raise Decline(f"head dimensions {ks[3]} and {vs[3]}: a multiple of 4 is needed")
     if isinstance(key, Buffer) and isinstance(val, Buffer):
@@ -177,7 +187,7 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
     elif kp.window is not None or vp.window is not None:
         raise Decline("attention reads the first tokens of a growing cache only")
     if isinstance(key, Concat) and isinstance(val, Concat):
-        if (key.past is None) != (val.past is None):
+        if kind(key) != kind(val) or (key.past is None) != (val.past is None):
             raise Decline("keys and values are not two caches of the same kind")
         if a.causal and key.past is not None:
             raise Decline("is_causal over a cache with history counts from the first key, not from the last")
@@ -215,16 +225,10 @@ def record(c: Buffer | Concat) -> CacheTensor:
     s = shape(c.node)
     assert s is not None
     if isinstance(c, Buffer):
-        kind = "born" if c.born else "static"
         buffer, append, src = c.node.name, c.append.name, source(c.node)
     else:
-        kind = "grown" if c.past is not None and is_handle(c.past) else "fresh"
         buffer, append, src = c.node.name, c.node.name, source(c.past) if c.past is not None else ""
-    return CacheTensor(kind, buffer, src, append, int(s[1]), int(s[3]), tensor_dtype(value(c.node).dtype))
-
-
-def is_handle(node: Node) -> bool:
-    return isinstance(value(node), CacheHandle)
+    return CacheTensor(kind(c), buffer, src, append, int(s[1]), int(s[3]), tensor_dtype(value(c.node).dtype))
 
 
 def check_uses(graph: Graph, matches: list[Match | Declined], inner: set[Node]) -> list[Match | Declined]:
@@ -274,6 +278,7 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
         if out in view.users:
             raise Decline(f"a view of {what} is returned")
     if isinstance(c, Concat) and c.past is not None:
+        check_window(c)
         for user in c.past.users:
             if user is not c.node and user not in c.metadata:
                 name = getattr(user.target, "__name__", user.target)
@@ -291,17 +296,18 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
 
 
 def movable(m: Match) -> None:
-    """Rule 6: the append may move behind the attention, since nothing in between writes what it reads."""
-    if not isinstance(m.key, Buffer) or not isinstance(m.value, Buffer) or m.attention is None:
+    """Rule 6: the appends may move behind the attention, since nothing in between writes what they read."""
+    if m.attention is None:
         return
-    ours = {m.key.append, m.value.append}
-    read = memory(m.key.x) | memory(m.value.x) | memory(m.key.positions)
-    for first in ours:
-        n = first.next
-        while n is not m.attention.node and n.op != "output":
-            if is_mutation(n) and n not in ours and n.all_input_nodes and memory(target(n)) & read:
-                raise Decline(f"`{name(n)}` writes to what is appended, between the append and the attention")
-            n = n.next
+    ours = [c.append if isinstance(c, Buffer) else c.node for c in (m.key, m.value)]
+    read = [m.key.x, m.value.x, *(c.positions for c in (m.key, m.value) if isinstance(c, Buffer))]
+    written = next((w for a in ours if (w := written_between(a, m.attention.node, *read, but=ours))), None)
+    if written is not None:
+        raise Decline(f"`{name(written)}` writes to what is appended, between the append and the attention")
+    a = m.attention
+    written = written_between(min((*a.inner, a.node)), a.node, a.q, a.mask)
+    if written is not None:
+        raise Decline(f"`{name(written)}` writes to the queries or the mask within the attention")
 
 
 def without_gradients(found: list[Match | Declined], example_inputs: list) -> list[Match | Declined]:

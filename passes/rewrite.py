@@ -30,12 +30,11 @@ from torch.fx import Graph, GraphModule, Node
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
-from kvc_compile.passes.alias import leads_to, target
-from kvc_compile.passes.caches import Buffer, Concat, read_sizes, size_value
-from kvc_compile.passes.fx import copy_meta, erase_unused, is_mutation, output, shape, value
-from kvc_compile.passes.readback import born, size_of
+from kvc_compile.passes.alias import leads_to
+from kvc_compile.passes.caches import Buffer, Concat, born_sizes, consecutive, kind, read_sizes, size_value
+from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
+from kvc_compile.passes.readback import size_of
 from kvc_compile.passes.recognise import Match
-from kvc_compile.passes.views import dims
 from kvc_compile.plan import SLACK, Plan, SitePlan, window_row_bytes
 
 kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
@@ -59,7 +58,8 @@ class Input:
 class Output:
     """An output of the original graph that becomes a handle.
 
-    arena: index of the arena among the lowered outputs, or `~i` for the arena of input i, extended in place.
+    arena: index of the arena among the lowered outputs, or `~i` for the arena of input i, extended in place; for that
+    of a static input, the output is that input itself.
     tokens: the handle's tokens, or `~i`: lowered output i holds them.
     add_to: input whose handle's tokens are added to these, or None.
     """
@@ -185,9 +185,9 @@ class _Rewrite:
             return
         out, cache = self.out, c.node if isinstance(c, Buffer) else c.past
         assert cache is not None
-        tokens = None if born(c) else size_of(cache, self.placeholders)
+        tokens = None if kind(c) == "born" else size_of(cache, self.placeholders)
         arena = self.arena(c, layout, role, m)
-        if born(c):
+        if kind(c) == "born":
             reads = []
         else:
             users = [u for u in cache.users if u is not out]
@@ -199,6 +199,11 @@ class _Rewrite:
                 u.replace_input_with(cache, t)
             reads = [t]
         if isinstance(c, Buffer):
+            with self.graph.inserting_before(c.append):
+                if kind(c) == "static" and c.positions is not None:
+                    reads.append(
+                        self.call(checks.check_not_round, arena, c.positions, tokens, layout.key, like=c.append)
+                    )
             with self.graph.inserting_after(c.append):
                 self.call(kvc.append.default, arena, c.x, c.positions, layout.key, reads, like=c.append)
         else:
@@ -208,7 +213,7 @@ class _Rewrite:
         if c.node in self.arenas:
             return self.arenas[c.node]
         if isinstance(c, Buffer) and c.born:
-            batch, _, tokens, _ = dims(c.node, 0 if c.node.op == "call_function" else 1)
+            batch, _, tokens, _ = born_sizes(c.node)
             with self.graph.inserting_before(c.append):
                 arena = self.call(kvc.empty.default, c.x, batch, tokens, layout.key, like=c.node)
             for i, r in enumerate(self.returned[: self.results]):
@@ -226,7 +231,13 @@ class _Rewrite:
             elif isinstance(c, Buffer):
                 pushed = shape(c.x)[2]  # type: ignore[index]
             self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start, pushed))
-            self.sizes(c.metadata)
+            if m.attention is not None:
+                self.sizes(c.metadata)
+            if isinstance(c, Buffer):
+                for i, r in enumerate(self.returned[: self.results]):
+                    if r is c.node or r is c.append:  # the caller's own tensor
+                        self.returned[i] = None
+                        self.outputs.append(Output(i, ~index, layout.key, m.site.layer, role, True, 0))
         self.arenas[c.node] = arena
         return arena
 
@@ -293,10 +304,10 @@ class _Rewrite:
         erase_unused(self.graph, [n for n in self.dead if not n._erased])
         for i in self.inputs:
             convert_placeholder(self.placeholders[i.index], i)
-        writes = [n for n in self.graph.nodes if is_mutation(n) and n.all_input_nodes]
+        written = [w for n in self.graph.nodes for w in writes(n)]
         for index, p in enumerate(self.placeholders):
             if isinstance(value(p), CacheHandle):
-                self.dense.append((index, any(leads_to(target(w), {p}) for w in writes)))
+                self.dense.append((index, any(leads_to(w, {p}) for w in written)))
                 p.meta["example_value"] = plain_value(value(p))
                 p.meta.pop("tensor_dict", None)
                 p.meta.pop("grapharg", None)
@@ -338,15 +349,14 @@ class _Rewrite:
 
 
 def first_position(positions: Node, placeholders: list[Node]) -> int | None:
-    """The index of the placeholder that holds the first position: `positions`, or the scalar of `arange + scalar`."""
-    candidates = [positions, *positions.all_input_nodes]
-    while candidates:
-        n = candidates.pop(0)
-        if n in placeholders and isinstance(value(n), torch.Tensor):
-            return placeholders.index(n)
-        if n.op == "call_method" and n.target == "to":
-            candidates.append(n.args[0])  # type: ignore[arg-type]
-    return None
+    """The index of the placeholder whose first element is the first position: `positions`, or the scalar of `arange(n)
+    + scalar`."""
+    n: Any = positions
+    if consecutive(positions):
+        n = next(a for a in positions.args if not is_call(a, torch.arange))
+    while is_call(n, "to"):
+        n = n.args[0]
+    return placeholders.index(n) if n in placeholders and isinstance(value(n), torch.Tensor) else None
 
 
 def plain_value(handle: torch.Tensor) -> torch.Tensor:

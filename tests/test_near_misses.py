@@ -37,6 +37,7 @@ KINDS = ("static", "born", "grown")  # tensors that the caller made; that the fi
 FIXED = ("static", "born")
 GAP = "appended at position|from position|consecutive positions"
 SHOWN = "mask shows positions"
+ROUND = "a full compressed cache is written from an earlier position"
 WRITES = "writes to a compressed cache"
 FIRST = "first tokens of a compressed cache that is not empty"
 
@@ -801,7 +802,7 @@ SCHEDULE: dict[str, tuple[Choice, Any]] = {
         lambda p, w: [range(p), [p], [-1]],
     ),
     "round and round": (
-        same("", *FIXED, raises=f"{GAP}|{SHOWN}", needs={"mask": "everything"}),
+        same("", *FIXED, raises=f"{GAP}|{SHOWN}|{ROUND}", needs={"mask": "everything"}),
         lambda p, w: [range(w), [0], [1]],
     ),
 }
