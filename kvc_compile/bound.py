@@ -132,10 +132,12 @@ def release(handle: CacheHandle) -> Tensor:
 
 
 def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
-    """Turn the caller's cache tensor [B, H, L, D] into a handle that holds its first `start` tokens, in place."""
+    """Turn the caller's cache tensor [B, H, L, D] into a handle that holds its first `start` tokens, in place; where
+    that number is not known, all up to the last one that is not zero."""
     layout = Layout.parse(i.layout)
     if start is None:
-        start = 0 if not bool(tensor.any()) else tensor.shape[2]
+        filled = (tensor != 0).any(3).any(1).any(0).nonzero()
+        start = int(filled[-1]) + 1 if len(filled) else 0
     arena = ops.empty(tensor, tensor.shape[0], tensor.shape[2], i.layout)
     if start:
         ops.store(arena, tensor[:, :, :start], None, layout)
