@@ -25,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,19 @@ def said(e: BaseException) -> Row:
 # ---------------------------------------------------------------- all of them
 
 
-def measure_all(names: Iterable[str], modes: Iterable[str], log: Path) -> None:
+def measure_all(names: Iterable[str], modes: Iterable[str], log: Path, jobs: int) -> None:
     """A process for each row, so that a crash or a hang costs that row only. Rows that `log` has already are kept."""
     known = {(r["name"], r["mode"]) for r in read(log)}
-    for name, mode in ((n, m) for n in names for m in modes if (n, m) not in known):
-        row = {"name": name, "mode": mode, **in_process(name, mode)}
-        with log.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-        print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
+    todo = [(n, m) for n in names for m in modes if (n, m) not in known]
+    with ThreadPoolExecutor(jobs) as pool, log.open("a") as f:
+        for done in as_completed([pool.submit(one_row, *x) for x in todo]):
+            row = done.result()
+            print(json.dumps(row), file=f, flush=True)
+            print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
+
+
+def one_row(name: str, mode: str) -> Row:
+    return {"name": name, "mode": mode, **in_process(name, mode)}
 
 
 def in_process(name: str, mode: str) -> Row:
@@ -309,6 +315,7 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES), help="cache and attention (default: %(default)s)")
     parser.add_argument("--out", default=str(OUT), help="the Markdown file, or - for standard output")
     parser.add_argument("--json", type=Path, help="JSON lines, one for each row, written as they come")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has")
     args = parser.parse_args()
     modes = args.modes.split(",")
@@ -319,7 +326,7 @@ def main() -> None:
         log = args.json or Path(folder, "rows.jsonl")
         if not args.resume:
             log.unlink(missing_ok=True)
-        measure_all(names, modes, log)
+        measure_all(names, modes, log, args.jobs)
         rows = [r for r in read(log) if r["name"] in names and r["mode"] in modes]
     text = page(rows, modes)
     if args.out == "-":
