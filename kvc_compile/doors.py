@@ -3,14 +3,17 @@
 - `torch.compile(model, backend="kvc").generate` is the original module's method, bound to the original module.
 - On a GPU, Hugging Face's `generate` compiles decoding by itself (`get_compiled_call`), with Inductor, around any
   `model.compile`.
+- A `CompileConfig(backend="kvc", options=...)` for `generate` has a mode as well, unless told otherwise, and
+  `torch.compile` refuses the two together.
 - Dynamo takes two compiles for the same if their options are equal, and the path of a spec file equals itself when the
   file has changed.
-All are closed by two properties and one method, which do nothing for modules that are not compiled with this backend.
+All are closed by two properties and two methods, which do nothing for modules that are not compiled with this backend.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -73,10 +76,19 @@ def _generate(self: OptimizedModule) -> Any:
 def _get_compiled_call(original: Any) -> Any:
     @functools.wraps(original)
     def get_compiled_call(self: Any, compile_config: Any) -> Any:
-        return self.__call__ if is_ours(self._compiled_call_impl) else original(self, compile_config)
+        if is_ours(self._compiled_call_impl) or is_ours(self.__dict__.get("forward")):
+            return self.__call__
+        return original(self, with_mode_in_options(compile_config))
 
     get_compiled_call.kvc_door = True  # type: ignore[attr-defined]
     return get_compiled_call
+
+
+def with_mode_in_options(config: Any) -> Any:
+    """A `CompileConfig` for this backend as `torch.compile` takes it; any other as it is."""
+    if config is None or config.backend != "kvc" or config.options is None:
+        return config
+    return dataclasses.replace(config, mode=None, options=Request.of(config.options, config.mode))
 
 
 def _module_compile(original: Any) -> Any:

@@ -30,7 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
-from kvc_compile.passes.alias import leads_to
+from kvc_compile.passes.alias import leads_to, written_between
 from kvc_compile.passes.caches import Buffer, Concat, born_sizes, consecutive, kind, read_sizes, size_value
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.readback import size_of
@@ -227,7 +227,7 @@ class _Rewrite:
             index = self.placeholders.index(arena)
             start, pushed = None, 0
             if isinstance(c, Buffer) and c.positions is not None:
-                start = first_position(c.positions, self.placeholders)
+                start = first_position(c.positions, c.append, self.placeholders)
             elif isinstance(c, Buffer):
                 pushed = shape(c.x)[2]  # type: ignore[index]
             self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start, pushed))
@@ -348,15 +348,19 @@ class _Rewrite:
             self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, self.number(n), past))
 
 
-def first_position(positions: Node, placeholders: list[Node]) -> int | None:
-    """The index of the placeholder whose first element is the first position: `positions`, or the scalar of `arange(n)
-    + scalar`."""
+def first_position(positions: Node, append: Node, placeholders: list[Node]) -> int | None:
+    """The index of the placeholder whose first element is, before the graph runs, the first position that `append`
+    writes to: `positions`, or the scalar of `arange(n) + scalar`."""
     n: Any = positions
+    read = append
     if consecutive(positions):
         n = next(a for a in positions.args if not is_call(a, torch.arange))
+        read = positions
     while is_call(n, "to"):
         n = n.args[0]
-    return placeholders.index(n) if n in placeholders and isinstance(value(n), torch.Tensor) else None
+    if n not in placeholders or not isinstance(value(n), torch.Tensor) or written_between(placeholders[0], read, n):
+        return None
+    return placeholders.index(n)
 
 
 def plain_value(handle: torch.Tensor) -> torch.Tensor:
