@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from kvc_compile.analyse import analyse
+from kvc_compile.beside import Beside
 from kvc_compile.bound import Bound, owner_of
 from kvc_compile.doors import install
 from kvc_compile.dump import Trail
@@ -27,6 +28,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     """Recognise, plan, rewrite, lower. `gm` itself stays as it is: Dynamo reads it again afterwards."""
     gm = duplicate(gm)
     matches, plan = analyse(gm, example_inputs, request)
+    beside = Beside(gm, plan) if request.verify and plan.planned else None
     trail = Trail(request, gm, plan, example_inputs)
     compiled = remember(Compile(request, plan, places_of(gm, plan), {owner_of(example_inputs)}))
     warn_declined(plan, request)
@@ -34,13 +36,16 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     rewritten = rewrite(gm, matches, plan)
     verify(gm, plan)
     trail.rewritten(gm)
+    if beside:
+        beside.compare_with(gm, rewritten)
+        compiled.differences = beside.found
     changed = {i.index for i in rewritten.inputs} | {n for n, _ in rewritten.dense}
     inputs = [
         value(p) if n in changed else x
         for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     ]
     lowered = lower(gm, inputs, request, births=rewritten.births)
-    return Bound(lowered, rewritten, compiled.called) if plan.entries or rewritten.dense else lowered
+    return Bound(lowered, rewritten, compiled.called, beside) if plan.entries or rewritten.dense else lowered
 
 
 def lower(gm: GraphModule, inputs: list[Any], request: Request, births: bool):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvc_compile.beside import Beside
 from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, track
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
@@ -36,12 +37,20 @@ def mark_owner(p: torch.nn.Parameter) -> str:
 class Bound:
     """A lowered graph that is called with what Dynamo passes: handles, or plain cache tensors to take over."""
 
-    def __init__(self, lowered: Callable[..., Any], rewritten: Rewritten, on_call: Callable[[str], None]):
-        self.lowered, self.rewritten, self.on_call = lowered, rewritten, on_call
+    def __init__(
+        self,
+        lowered: Callable[..., Any],
+        rewritten: Rewritten,
+        on_call: Callable[[str], None],
+        beside: Beside | None = None,
+    ):
+        self.lowered, self.rewritten, self.on_call, self.beside = lowered, rewritten, on_call, beside
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         owner = owner_of(args)
         self.on_call(owner)
+        beside = self.beside if self.beside and not self.beside.done else None
+        untouched = beside.run(args) if beside else None
         call = list(args)
         for i in self.rewritten.inputs:
             call[i.index] = take(args, i, owner).arena
@@ -55,6 +64,8 @@ class Bound:
             for r in results:  # counters that the next step updates in place: CUDA graphs need their address fixed
                 if isinstance(r, Tensor) and r.is_cuda and r.dim() == 0 and not r.dtype.is_floating_point:
                     torch._dynamo.mark_static_address(r)
+        if beside and untouched:
+            beside.compare(args, outs, results, untouched)
         return tuple(results)
 
 

@@ -203,12 +203,18 @@ def growing(arena: Tensor, layout_key: str, tokens: int, window: bool = False) -
     return handle
 
 
+def forget(arena: Tensor) -> None:
+    """Drop what is remembered of an arena whose content was changed: see `bound.make_room` and `beside`."""
+    for name in ("kvc_total", "kvc_beside"):
+        arena.__dict__.pop(name, None)
+
+
 def _zero(h):
     """Empties a static cache; a dynamic one of zeros would be no cache that can grow."""
     if not h.static:
         return NotImplemented
     h.arena.zero_()
-    h.arena.__dict__.pop("kvc_total", None)
+    forget(h.arena)
     return h
 
 
@@ -222,21 +228,28 @@ def _copy(dst, src, non_blocking=False):
     if not isinstance(src, CacheHandle) or src.layout_key != dst.layout_key or src.arena.shape != dst.arena.shape:
         return NotImplemented
     dst.arena.copy_(src.arena)
-    dst.arena.__dict__.pop("kvc_total", None)
+    forget(dst.arena)
     return dst
 
 
 def _index_copy(h, dim, index, source):
     if not isinstance(h, CacheHandle) or dim % 4 != 2:
         return NotImplemented
-    ops.append(h.arena, source, index, h.layout_key, [])
-    return h
+    return _append(h, source, index)
 
 
 def _index_put(h, indices, values, accumulate=False):
     if not isinstance(h, CacheHandle) or accumulate or len(indices) != 3 or any(i is not None for i in indices[:2]):
         return NotImplemented
-    ops.append(h.arena, values, indices[2], h.layout_key, [])
+    return _append(h, values, indices[2])
+
+
+def _append(h: CacheHandle, x: Tensor, positions: Tensor) -> CacheHandle:
+    if not isinstance(h.arena, FakeTensor):
+        if h.static and cpu.length(h.arena, h.stored) > h.shape[2] and int(positions.reshape(-1)[0]):
+            raise NotImplementedError(f"a write at a position of a window that has moved on {_WRITES}")
+        forget(h.arena)
+    ops.append(h.arena, x, positions, h.layout_key, [])
     return h
 
 

@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kvc_compile import handle
+from kvc_compile.difference import Difference, Differences, worst
 from kvc_compile.layout import Layout
 from kvc_compile.plan import Plan, SitePlan
 from kvc_compile.request import Request
@@ -50,6 +51,7 @@ class Compile:
     plan: Plan
     places: tuple[str, ...] = ()
     owners: set[str] = field(default_factory=set)
+    differences: Differences | None = None  # under `verify`
     number: int = field(default_factory=lambda: next(_numbers))
 
     def called(self, owner: str) -> None:
@@ -151,6 +153,7 @@ class SiteReport:
     where: str
     seen: tuple[Seen, ...]
     note: str = ""  # why its cache is read back in full in each step, where it is
+    difference: Difference | None = None  # of its output from the untouched graph's, under `verify`
 
     @property
     def mixed(self) -> bool:
@@ -202,6 +205,7 @@ class Report:
     sites: tuple[SiteReport, ...]
     owners: tuple[str, ...] = ()
     note: str = ""
+    difference: Difference | None = None  # of the model's outputs from the untouched graphs', under `verify`
 
     @property
     def declined(self) -> tuple[SiteReport, ...]:
@@ -242,12 +246,24 @@ class Report:
             "graphs": self.graphs,
             "note": self.note,
             "sites": sites,
+            "difference": asdict(self.difference) if self.difference else None,
             "bytes": asdict(planned) | {"layers": [asdict(x) for x in planned.layers]},
             "held": {"total": held.total, "tensors": [[n, role, size] for (n, role), size in held.tensors.items()]},
         }
 
     def __str__(self) -> str:
         return self.text()
+
+    def verified(self) -> list[str]:
+        """What `verify` found, in lines of text."""
+        assert self.difference is not None
+        far = [(s.difference, s.layer) for s in self.sites if s.difference and s.difference.calls]
+        lines = [f"Verified in {self.difference.calls} calls beside the untouched graphs: outputs differ by at most"]
+        lines[0] += f" {self.difference.relative:.1e},"
+        if far:
+            d, layer = max(far, key=lambda x: (x[0].relative != x[0].relative, x[0].relative))
+            lines.append(f"attentions by at most {d.relative:.1e} (layer {layer}), relative to their norm.")
+        return lines
 
     def text(self, tokens: int = TOKENS, batch: int = 1) -> str:
         """A table of at most 100 columns, with bytes for these sizes; layers that are treated alike share a line."""
@@ -264,6 +280,8 @@ class Report:
             saved = f"{mib(b.compressed)} instead of {mib(b.dense)} ({ratio(b.dense, b.compressed)})"
             held = f" Held now: {mib(self.held().total)}." if self.owners else ""
             lines += ["", f"Planned for {tokens} tokens, batch {batch}: {saved}.{held}"]
+        if self.difference:
+            lines += ["", *self.verified()]
         if b.uncounted:
             lines.append(f"Not counted: {b.uncounted} attentions that are not compressed.")
         return "\n".join(lines)
@@ -325,7 +343,7 @@ def of(compiles: Iterable[Compile], owners: Iterable[str] = ()) -> Report:
     """The report of some graphs of one model and request; `owners` are those whose memory it counts."""
     group = list(compiles)
     spec = group[-1].request.spec
-    found: dict[tuple, list[tuple[SitePlan | Declined, str, bool, str]]] = {}
+    found: dict[tuple, list[Entry]] = {}
     whole = whole_places({p for c in group for p in c.places})
     for c in group:
         places = [whole[p] for p in c.places] or [""] * len(c.plan.entries)
@@ -342,10 +360,23 @@ def of(compiles: Iterable[Compile], owners: Iterable[str] = ()) -> Report:
             if isinstance(e, SitePlan):
                 buffers.add(e.site.key.buffer)
             kind = e.site.key.kind if isinstance(e, SitePlan) else usual
-            found.setdefault((place, layer, n), []).append((e, place, shared, kind))
+            difference = c.differences.sites.get(e.site.index) if c.differences and isinstance(e, SitePlan) else None
+            found.setdefault((place, layer, n), []).append(Entry(e, place, shared, kind, difference))
     sites = tuple(_merge(entries) for entries in found.values())
     note = "" if sites else "no attention was found in what was compiled"
-    return Report(spec.name, spec.digest, len(group), sites, tuple(sorted(owners)), note)
+    outputs = worst(c.differences.outputs for c in group if c.differences)
+    return Report(spec.name, spec.digest, len(group), sites, tuple(sorted(owners)), note, outputs)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attention in one graph."""
+
+    plan: SitePlan | Declined
+    place: str
+    shared: bool
+    kind: str
+    difference: Difference | None
 
 
 def whole_places(places: set[str]) -> dict[str, str]:
@@ -364,20 +395,21 @@ def _number(place: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _merge(entries: list[tuple[SitePlan | Declined, str, bool, str]]) -> SiteReport:
+def _merge(entries: list[Entry]) -> SiteReport:
     """One record of one attention from all the graphs that hold it; the newest layout counts."""
     seen: dict[tuple[str, str, str], int] = {}
-    for e, _, _, kind in entries:
-        key = (kind, "compressed", "") if isinstance(e, SitePlan) else (kind, "declined", e.reason)
+    for x in entries:
+        declined = x.plan if isinstance(x.plan, Declined) else None
+        key = (x.kind, "declined", declined.reason) if declined else (x.kind, "compressed", "")
         seen[key] = seen.get(key, 0) + 1
-    reasons = dict.fromkeys(e.reason for e, *_ in entries if isinstance(e, Declined))
-    stored = [(e, shared) for e, _, shared, _ in entries if isinstance(e, SitePlan)]
-    first, place = entries[0][:2]
+    reasons = dict.fromkeys(x.plan.reason for x in entries if isinstance(x.plan, Declined))
+    stored = [(x.plan, x.shared) for x in entries if isinstance(x.plan, SitePlan)]
+    first, place = entries[0].plan, entries[0].place
     layer = stored[0][0].site.layer if stored else _number(place)
     plan = stored[-1][0] if stored else None
     reason = "; ".join(reasons)
     if reasons and plan is not None:
-        n, total = sum(isinstance(e, Declined) for e, *_ in entries), len(entries)
+        n, total = sum(isinstance(x.plan, Declined) for x in entries), len(entries)
         reason = f"in {n} of {total} graphs: {reason}"
     return SiteReport(
         layer=layer if layer is not None else first.index if isinstance(first, Declined) else first.site.index,
@@ -391,4 +423,5 @@ def _merge(entries: list[tuple[SitePlan | Declined, str, bool, str]]) -> SiteRep
         where=(first.where if isinstance(first, Declined) else first.site.where),
         seen=tuple(Seen(*key, graphs=n) for key, n in seen.items()),
         note="; ".join(dict.fromkeys(e.site.note for e, _ in stored if e.site.note)),
+        difference=worst(x.difference for x in entries if x.difference),
     )

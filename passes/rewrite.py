@@ -37,6 +37,7 @@ from kvc_compile.passes.readback import size_of
 from kvc_compile.passes.recognise import Match
 from kvc_compile.plan import SLACK, Plan, SitePlan, window_row_bytes
 
+SITE = "kvc_site"  # in the meta of a node that stands in an attention's place: the attention's index
 kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
 
 
@@ -171,6 +172,7 @@ class _Rewrite:
         a = m.attention
         assert a is not None
         self.replace(a.node, new)
+        new.meta[SITE] = m.site.index
         self.dead += [a.node]
         for c, layout in ((m.key, p.key), (m.value, p.value)):
             self.last_read[c.node] = new
