@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvc_compile.beside import Beside
 from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, track
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
 from kvc_compile.plan import SLACK, window_row_bytes
+
+if TYPE_CHECKING:
+    from kvc_compile.beside import Beside
 
 log = logging.getLogger("kvc_compile")
 _owners = iter(range(1, 1 << 62))
