@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from kvc_compile.passes.fx import writes
 
@@ -64,12 +65,17 @@ def memory(node: Node) -> set[Node]:
     return found
 
 
-def written_between(first: Node, last: Node, *read: Any, but: Iterable[Node] = ()) -> Node | None:
-    """A node after `first` and before `last`, and none of `but`, that may write to the memory of one of `read`."""
-    ours = {m for r in read if isinstance(r, Node) for m in memory(r)}
-    n = first.next
-    while n is not last and n.op != "output":
-        if n not in but and any(memory(w) & ours for w in writes(n)):
-            return n
-        n = n.next
-    return None
+class Writers:
+    """The nodes of a graph that may write in place, in order, as they were when this was made."""
+
+    def __init__(self, graph: Graph):
+        self.writes = {n: w for n in graph.nodes if (w := writes(n))}
+        self.nodes = list(self.writes)
+
+    def between(self, first: Node, last: Node, *read: Any, but: Iterable[Node] = ()) -> Node | None:
+        """One after `first`, before `last` and none of `but` that may write to the memory of one of `read`."""
+        ours = {m for r in read if isinstance(r, Node) for m in memory(r)}
+        for n in self.nodes[bisect_right(self.nodes, first) : bisect_left(self.nodes, last)]:
+            if n not in but and any(memory(w) & ours for w in self.writes[n]):
+                return n
+        return None

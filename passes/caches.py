@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kvc_compile.passes.alias import written_between
+from kvc_compile.passes.alias import Writers
 from kvc_compile.passes.fx import is_call, same, same_shape, shape, source, value, writes
 from kvc_compile.passes.views import FULL, Peeled, dims, peel
 
@@ -190,7 +190,7 @@ def check_window(c: Concat) -> None:
         raise Decline(f"{source(c.past)} is a sliding window, and here all of it is kept")  # type: ignore[arg-type]
 
 
-def read_window(node: Node) -> Buffer:
+def read_window(node: Node, writers: Writers) -> Buffer:
     """A full window [B, H, W, D] that appending x pushes the oldest tokens out of: `copy_` of the last W tokens of
     itself and x, put together by `roll` for one token and by `cat` for more."""
     alone_in_memory(node)
@@ -199,13 +199,13 @@ def read_window(node: Node) -> Buffer:
     if len(written) != 1 or not is_call(written[0], "copy_") or len(written[0].args) != 2:
         raise Decline(f"{what} is no window of the last tokens")
     (copy,) = written
-    x = _rolled_in(copy.args[1], node, copy) or _shifted_in(copy.args[1], node, copy)
+    x = _rolled_in(copy.args[1], node, copy, writers) or _shifted_in(copy.args[1], node, copy, writers)
     if x is None or s is None or value(x).dtype != value(node).dtype or not isinstance(shape(x)[2], int):  # type: ignore[index]
         raise Decline(f"`copy_` writes to {what} what is not its last tokens")
     return Buffer(node, False, copy, None, True, x, tuple(u for u in node.users if is_call(u, *SIZES)))
 
 
-def _rolled_in(new: Any, cache: Node, copy: Node) -> Node | None:
+def _rolled_in(new: Any, cache: Node, copy: Node, writers: Writers) -> Node | None:
     """x of `new = cache.roll(-1, 2); new[:, :, tensor([-1])] = x`, both before `copy`."""
     if not is_call(new, "roll", torch.roll) or new.args[0] is not cache:
         return None
@@ -219,7 +219,7 @@ def _rolled_in(new: Any, cache: Node, copy: Node) -> Node | None:
     index, x = write.args[1:]
     if not isinstance(index, tuple) or len(index) not in (3, 4) or not isinstance(x, Node):
         return None
-    if written_between(new, write, new, index[2]) or written_between(write, copy, new, x):
+    if writers.between(new, write, new, index[2]) or writers.between(write, copy, new, x):
         return None
     last = is_call(index[2], torch.tensor) and list(index[2].args[0]) == [-1]  # type: ignore[union-attr]
     whole = all(i == FULL for i in (*index[:2], *index[3:]))
@@ -227,7 +227,7 @@ def _rolled_in(new: Any, cache: Node, copy: Node) -> Node | None:
     return x if last and whole and s is not None and same_shape(x, s[0], s[1], 1, s[3]) else None
 
 
-def _shifted_in(new: Any, cache: Node, copy: Node) -> Node | None:
+def _shifted_in(new: Any, cache: Node, copy: Node, writers: Writers) -> Node | None:
     """x of `new = cat([cache[:, :, 1:], x], 2)[:, :, -W:]`, before `copy`."""
     s = shape(cache)
     if s is None or not isinstance(new, Node) or last_tokens(new) != s[2] or not is_call(new.args[0], torch.cat):
@@ -242,7 +242,7 @@ def _shifted_in(new: Any, cache: Node, copy: Node) -> Node | None:
         return None
     but_first = index[2] == slice(1, None, None) and all(i == FULL for i in (*index[:2], *index[3:]))
     xs = shape(x)
-    if written_between(joined, copy, joined, x):  # type: ignore[arg-type]
+    if writers.between(joined, copy, joined, x):  # type: ignore[arg-type]
         return None
     return x if but_first and xs is not None and same_shape(x, s[0], s[1], xs[2], s[3]) else None
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.passes.alias import leads_to, makes_memory, name, root
+from kvc_compile.passes.alias import Writers, leads_to, makes_memory, name, root
 from kvc_compile.passes.attention import PRODUCTS, SOFTMAX
 from kvc_compile.passes.caches import (
     ZEROS,
@@ -30,7 +30,7 @@ from kvc_compile.passes.caches import (
     read_window,
     size_value,
 )
-from kvc_compile.passes.fx import is_call, output, shape, source, value, writes
+from kvc_compile.passes.fx import is_call, output, shape, source, value
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Pair:
 class Readers:
     """The caches of a graph that may be read back, found from the attentions that read them, in order."""
 
-    def __init__(self, graph: Graph, taken: set[Node]):
-        self.graph, self.taken, self.out = graph, taken, output(graph)
+    def __init__(self, graph: Graph, taken: set[Node], writers: Writers):
+        self.graph, self.taken, self.writers, self.out = graph, taken, writers, output(graph)
         self.visited: set[Node] = set()
         self.pairs: list[Pair] = []  # that are read back
         self.placeholders = list(graph.find_nodes(op="placeholder"))
         self.nodes = {n.name: n for n in graph.nodes}
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.writes: dict[Node, list[Node]] = {}  # new memory -> what is written into it
-        for n in graph.nodes:
-            for w in writes(n):
+        for n, written in writers.writes.items():
+            for w in written:
                 self.writes.setdefault(root(w), []).append(n)
 
     def pair(self, attention: Node) -> Pair:
@@ -104,7 +104,7 @@ class Readers:
             buffer = node.op == "placeholder" or is_call(node, *ZEROS)
             if buffer and isinstance(v, torch.Tensor) and v.dim() == 4 and v.dtype.is_floating_point:
                 copied = any(is_call(u, "copy_") and u.args[0] is node for u in node.users)
-                return read_window(node) if copied and node.op == "placeholder" else read_buffer(node)
+                return read_window(node, self.writers) if copied and node.op == "placeholder" else read_buffer(node)
         except Decline:
             pass
         return None
@@ -129,10 +129,10 @@ class Readers:
         for r in self.out.all_input_nodes:
             if r not in ours and leads_to(r, ours):
                 raise Decline(f"a view of {what} is returned")
-        for n in self.graph.nodes:
+        for n, written in self.writers.writes.items():
             if isinstance(c, Buffer) and n is c.append:
                 continue
-            if any(leads_to(w, ours) for w in writes(n)):
+            if any(leads_to(w, ours) for w in written):
                 raise Decline(f"`{name(n)}` may write to {what}")
         if isinstance(c, Concat) and c.past is not None:
             size_of(c.past, self.placeholders)

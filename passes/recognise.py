@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kvc_compile.passes.alias import leads_to, name, written_between
+from kvc_compile.passes.alias import Writers, leads_to, name
 from kvc_compile.passes.attention import Attention, NotAttention, find_attention
 from kvc_compile.passes.caches import (
     SIZES,
@@ -71,18 +71,19 @@ def recognise(gm: GraphModule) -> list[Match | Declined]:
     found = find_attention(gm.graph)
     inner = {n for a in found if isinstance(a, Attention) for n in (a.node, *a.inner)}
     matches: list[Match | Declined] = []
+    writers = Writers(gm.graph)
     for index, a in enumerate(found):
         if isinstance(a, NotAttention):
             matches.append(Declined(index, a.node.name, a.reason, where(a.node)))
             continue
         try:
             m = match(index, a)
-            movable(m)
+            movable(m, writers)
             matches.append(m)
         except Decline as e:
             matches.append(Declined(index, a.node.name, str(e), where(a.node)))
     matches = check_uses(gm.graph, matches, inner)
-    readers = Readers(gm.graph, {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)})
+    readers = Readers(gm.graph, {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)}, writers)
     matches = [m if isinstance(m, Match) else read_back(m, readers) for m in matches]
     return matches + unread(readers, matches)
 
@@ -295,17 +296,17 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
         raise Decline(f"{what} is not returned to the caller, so nothing keeps it")
 
 
-def movable(m: Match) -> None:
+def movable(m: Match, writers: Writers) -> None:
     """Rule 6: the appends may move behind the attention, since nothing in between writes what they read."""
     if m.attention is None:
         return
     ours = [c.append if isinstance(c, Buffer) else c.node for c in (m.key, m.value)]
     read = [m.key.x, m.value.x, *(c.positions for c in (m.key, m.value) if isinstance(c, Buffer))]
-    written = next((w for a in ours if (w := written_between(a, m.attention.node, *read, but=ours))), None)
+    written = next((w for a in ours if (w := writers.between(a, m.attention.node, *read, but=ours))), None)
     if written is not None:
         raise Decline(f"`{name(written)}` writes to what is appended, between the append and the attention")
     a = m.attention
-    written = written_between(min((*a.inner, a.node)), a.node, a.q, a.mask)
+    written = writers.between(min((*a.inner, a.node)), a.node, a.q, a.mask)
     if written is not None:
         raise Decline(f"`{name(written)}` writes to the queries or the mask within the attention")
 

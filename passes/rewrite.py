@@ -30,7 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
-from kvc_compile.passes.alias import leads_to, written_between
+from kvc_compile.passes.alias import Writers, leads_to
 from kvc_compile.passes.caches import Buffer, Concat, born_sizes, consecutive, kind, read_sizes, size_value
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.readback import size_of
@@ -108,6 +108,7 @@ class _Rewrite:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.placeholders = list(graph.find_nodes(op="placeholder"))
+        self.writers = Writers(graph)
         self.out = output(graph)
         self.returned: list[Any] = list(self.out.args[0])  # type: ignore[arg-type]
         self.results = len(self.returned)
@@ -229,7 +230,7 @@ class _Rewrite:
             index = self.placeholders.index(arena)
             start, pushed = None, 0
             if isinstance(c, Buffer) and c.positions is not None:
-                start = first_position(c.positions, c.append, self.placeholders)
+                start = first_position(c.positions, c.append, self.placeholders, self.writers)
             elif isinstance(c, Buffer):
                 pushed = shape(c.x)[2]  # type: ignore[index]
             self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start, pushed))
@@ -350,7 +351,7 @@ class _Rewrite:
             self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, self.number(n), past))
 
 
-def first_position(positions: Node, append: Node, placeholders: list[Node]) -> int | None:
+def first_position(positions: Node, append: Node, placeholders: list[Node], writers: Writers) -> int | None:
     """The index of the placeholder whose first element is, before the graph runs, the first position that `append`
     writes to: `positions`, or the scalar of `arange(n) + scalar`."""
     n: Any = positions
@@ -360,7 +361,7 @@ def first_position(positions: Node, append: Node, placeholders: list[Node]) -> i
         read = positions
     while is_call(n, "to"):
         n = n.args[0]
-    if n not in placeholders or not isinstance(value(n), torch.Tensor) or written_between(placeholders[0], read, n):
+    if n not in placeholders or not isinstance(value(n), torch.Tensor) or writers.between(placeholders[0], read, n):
         return None
     return placeholders.index(n)
 
