@@ -17,8 +17,9 @@ from pathlib import Path
 
 OUT = Path(__file__).parent / "img" / "graph_diff.svg"
 SPEC = "kivi-4bit"
-COLUMNS, LINE, CHAR, PAD = 92, 17, 6.63, 14  # characters a side; pixels
+COLUMNS, LINE, CHAR, PAD = 74, 17, 6.63, 14  # characters a side; pixels
 STYLE = """
+rect { shape-rendering: crispEdges }
 .bg { fill: #ffffff } .head { font-weight: bold; fill: #24292f } text { fill: #24292f; white-space: pre }
 .del { fill: #ffebe9 } .add { fill: #dafbe1 } .rule { stroke: #d0d7de } .note { fill: #57606a }
 @media (prefers-color-scheme: dark) {
@@ -67,7 +68,8 @@ def tidy(text: str) -> list[str]:
     for pattern, short in (
         (r"l_self_\w*?layers_modules_(\d+)_modules_self_attn_modules_", r"layer\1_"),
         (r"l_(?:kwargs_)?past_key_values_layers_(\d+)_", r"cache\1_"),
-        (r"torch\.ops\.kvc", "kvc"),
+        (r"torch\.ops\.kvc\.(\w+)\.default", r"kvc.\1"),
+        (r"torch\._C\._nn\.", ""),
         (r'"(\w+)\[([\d, ]*)\]\[[\d, ]*\]cpu"', r'"\1[\2]"'),  # strides and device
         (r"slice\(None, None, None\)", ":"),
         (r"device = device\(type='cpu'\)", "..."),
@@ -100,17 +102,17 @@ def wrapped(lines: list[str]) -> list[str]:
     out = []
     for line in lines:
         while len(line) > COLUMNS:
-            cut = line.rfind(" ", 0, COLUMNS)
-            cut = cut if cut > COLUMNS // 2 else COLUMNS
-            out.append(line[:cut])
-            line = "        " + line[cut:].strip()
+            cut = max(line.rfind(" ", 0, COLUMNS), line.rfind("(", 0, COLUMNS)) + 1
+            cut = cut if cut > COLUMNS // 4 else COLUMNS
+            out.append(line[:cut].rstrip())
+            line = "    " + line[cut:].strip()
         out.append(line)
     return out
 
 
 def draw(pairs: list[tuple[str, str, str]]) -> str:
     side = int(COLUMNS * CHAR) + 2 * PAD
-    width, height = 2 * side, (len(pairs) + 3) * LINE + 2 * PAD
+    width, height = 2 * side, (len(pairs) + 2) * LINE + 2 * PAD
     font = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="{font}" font-size="11">',
@@ -124,7 +126,7 @@ def draw(pairs: list[tuple[str, str, str]]) -> str:
         y = PAD + (n + 2) * LINE
         for x, text, colour in ((0, left, "del"), (side, right, "add")):
             if kind == "both" and text:
-                out.append(f'<rect class="{colour}" x="{x}" y="{y - 12}" width="{side}" height="{LINE}"/>')
+                out.append(f'<rect class="{colour}" x="{x}" y="{y - 12}" width="{side}" height="{LINE + 1}"/>')
             if text:
                 out.append(f'<text x="{x + PAD}" y="{y}" xml:space="preserve">{escape(text)}</text>')
     out.append(f'<line class="rule" x1="{side}" y1="0" x2="{side}" y2="{height}"/>')

@@ -2,6 +2,7 @@
 
     <dump>/<graph id>/          id: digest of the spec and of the captured graph
         README.md               what was found, what it saves, how to read the rest
+        index.html              the same with both graphs side by side: one page to attach to a pull request
         0_captured.py           the graph as Dynamo hands it over, with shapes and the user's source lines
         1_rewritten.py          the same after the rewrite (absent if the backend stopped before)
         rewrite.diff            from one to the other
@@ -24,7 +25,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import torch
 from torch.fx import GraphModule
 
 from kvc_compile.layout import Layout
+from kvc_compile.page import Dumped, page, status
 from kvc_compile.plan import Plan, SitePlan, bytes_of
 from kvc_compile.report import words
 from kvc_compile.repro import repro
@@ -58,6 +60,8 @@ class Trail:
         self.emit("spec.yaml", request.spec.to_yaml())
         self.emit("repro.py", repro(self.id, self.captured, gm, example_inputs, request.spec.expanded()))
         self.emit("README.md", readme(self.id, plan, request))
+        self.dumped = Dumped(self.id, model_of(gm, plan), plan, request, TOKENS, self.captured)
+        self.emit("index.html", page(self.dumped))
 
     def rewritten(self, gm: GraphModule) -> None:
         """`gm` is the graph given to the constructor, rewritten."""
@@ -67,6 +71,7 @@ class Trail:
         self.emit("1_rewritten.py", text)
         old, new = self.captured.splitlines(keepends=True), text.splitlines(keepends=True)
         self.emit("rewrite.diff", "".join(difflib.unified_diff(old, new, "0_captured.py", "1_rewritten.py")))
+        self.emit("index.html", page(replace(self.dumped, rewritten=text)))
 
     def kernel(self, name: str, text: str) -> None:
         """A rendered kernel of this graph."""
@@ -115,16 +120,25 @@ def text_of(gm: GraphModule) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
 
 
+def model_of(gm: GraphModule, plan: Plan) -> str:
+    """The class of the outermost module that holds every attention, else the user's file; "" if neither is known."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    sites = [e.site if isinstance(e, SitePlan) else e for e in plan.entries]
+    stacks = [nodes[s.node].meta.get("nn_module_stack") or {} for s in sites if s.node in nodes]
+    outermost = {next(iter(stack.values()), None) for stack in stacks}
+    module = outermost.pop() if len(outermost) == 1 else None
+    if module is not None:
+        return getattr(module[1], "__qualname__", str(module[1])).rpartition(".")[2]
+    return sites[0].where.partition(":")[0] if sites else ""
+
+
 def as_json(data: Any) -> str:
     return json.dumps(data, indent=2) + "\n"
 
 
 def sites_data(plan: Plan) -> list[dict[str, Any]]:
     """Every attention in order, as it was found."""
-    return [
-        {"status": "compressed", **asdict(e.site)} if isinstance(e, SitePlan) else {"status": "declined", **asdict(e)}
-        for e in plan.entries
-    ]
+    return [{"status": status(e), **asdict(e.site if isinstance(e, SitePlan) else e)} for e in plan.entries]
 
 
 def plan_data(plan: Plan, request: Request) -> dict[str, Any]:
@@ -164,7 +178,7 @@ def readme(graph: str, plan: Plan, request: Request) -> str:
             after = e.key.row_bytes(TOKENS) + e.value.row_bytes(TOKENS)
             rows.append(f"| {e.site.index} `{e.site.node}` | {e.site.layer} | {said} | {before} -> {after} |")
         else:
-            rows.append(f"| {e.index} `{e.node}` | | **declined**: {e.reason} ({e.where}) | |")
+            rows.append(f"| {e.index} `{e.node}` | | **{status(e)}**: {e.reason} ({e.where}) | |")
     compressed, dense = bytes_of(plan, TOKENS)
     total = "Nothing is compressed in this graph."
     if dense:
@@ -186,6 +200,7 @@ counts it once.
 - `0_captured.py` is the graph as Dynamo captured it, `1_rewritten.py` what is compiled instead; start with
   `rewrite.diff`. A cache that was a tensor is an arena there, `uint8 [batch, row bytes]`, and the calls of
   `kvc.attend`, `kvc.append`, ... say with which layout.
+- `index.html` shows all of this as one page, both graphs side by side; it loads nothing, so it can be sent as it is.
 - `sites.json` says what was found for each attention (its cache tensors, its mask, the source line), `plan.json` how
   each cache tensor is stored, `spec.yaml` what was asked.
 - `repro.py` needs nothing but kvc_compile: `python repro.py` runs the graph as captured, rewritten, and compiled;

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvc_compile.layout import Codec, Layout
-from kvc_compile.sites import CacheTensor, Declined, Site
+from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 from kvc_compile.spec import Spec, TensorSpec
 
 WORD = {"cpu": 8, "cuda": 16}  # bits of a packing word: what the device unpacks fastest
@@ -30,7 +30,7 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every attention of a graph, in order: planned or declined."""
+    """Every attention of a graph, in order: planned, declined, or without a cache."""
 
     entries: tuple[SitePlan | Declined, ...]
 
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def declined(self) -> tuple[Declined, ...]:
-        return tuple(e for e in self.entries if isinstance(e, Declined))
+        return tuple(e for e in self.entries if isinstance(e, Declined) and not isinstance(e, Uncached))
 
 
 def layout_of(tensor: TensorSpec, cache: CacheTensor, device: str) -> Layout:

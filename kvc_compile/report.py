@@ -26,7 +26,7 @@ from kvc_compile.difference import Difference, Differences, worst
 from kvc_compile.layout import Layout
 from kvc_compile.plan import Plan, SitePlan
 from kvc_compile.request import Request
-from kvc_compile.sites import Declined
+from kvc_compile.sites import Declined, Uncached
 from kvc_compile.table import layers_text, mib, ratio, table
 
 log = logging.getLogger("kvc_compile")
@@ -137,7 +137,8 @@ class Seen:
 class SiteReport:
     """One attention of the model.
 
-    status: "compressed", or "declined" if any of its graphs declines it; `mixed` if others compress it all the same.
+    status: "compressed", or "declined" if any of its graphs declines it; `mixed` if others compress it all the same;
+    "no cache" if there is none in any graph.
     keys, values: `Layout.key` of what is stored, "" if nothing is. shared: the cache is another attention's and
     counted there. where: the user's source line.
     """
@@ -157,7 +158,7 @@ class SiteReport:
 
     @property
     def mixed(self) -> bool:
-        return len({s.status for s in self.seen}) > 1
+        return {"compressed", "declined"} <= {s.status for s in self.seen}
 
     @property
     def layout(self) -> str:
@@ -224,7 +225,8 @@ class Report:
                     by[s.layer] = c + batch * layout.row_bytes(tokens), d + batch * layout.dense_bytes(tokens)
         layers = tuple(LayerBytes(n, c, d) for n, (c, d) in sorted(by.items()))
         compressed, dense = (sum(getattr(x, name) for x in layers) for name in ("compressed", "dense"))
-        return Bytes(tokens, batch, compressed, dense, layers, sum(not s.keys for s in self.sites))
+        uncounted = sum(s.status == "declined" and not s.keys for s in self.sites)
+        return Bytes(tokens, batch, compressed, dense, layers, uncounted)
 
     def held(self) -> Held:
         """Bytes of the model's compressed caches that are alive at this moment."""
@@ -399,22 +401,25 @@ def _merge(entries: list[Entry]) -> SiteReport:
     """One record of one attention from all the graphs that hold it; the newest layout counts."""
     seen: dict[tuple[str, str, str], int] = {}
     for x in entries:
-        declined = x.plan if isinstance(x.plan, Declined) else None
-        key = (x.kind, "declined", declined.reason) if declined else (x.kind, "compressed", "")
+        left = x.plan if isinstance(x.plan, Declined) else None
+        status = "no cache" if isinstance(left, Uncached) else "declined" if left else "compressed"
+        key = (x.kind, status, left.reason if left else "")
         seen[key] = seen.get(key, 0) + 1
-    reasons = dict.fromkeys(x.plan.reason for x in entries if isinstance(x.plan, Declined))
+    declined = [x.plan for x in entries if isinstance(x.plan, Declined) and not isinstance(x.plan, Uncached)]
+    reasons = dict.fromkeys(d.reason for d in declined)
     stored = [(x.plan, x.shared) for x in entries if isinstance(x.plan, SitePlan)]
     first, place = entries[0].plan, entries[0].place
     layer = stored[0][0].site.layer if stored else _number(place)
     plan = stored[-1][0] if stored else None
     reason = "; ".join(reasons)
     if reasons and plan is not None:
-        n, total = sum(isinstance(x.plan, Declined) for x in entries), len(entries)
-        reason = f"in {n} of {total} graphs: {reason}"
+        reason = f"in {len(declined)} of {len(entries)} graphs: {reason}"
+    elif not stored and not reasons:
+        reason = entries[0].plan.reason  # type: ignore[union-attr]
     return SiteReport(
         layer=layer if layer is not None else first.index if isinstance(first, Declined) else first.site.index,
         module=place,
-        status="declined" if reasons else "compressed",
+        status="declined" if reasons else "compressed" if stored else "no cache",
         reason=reason,
         pattern=plan.site.pattern if plan else "",
         keys=plan.key.key if plan else "",

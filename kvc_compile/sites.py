@@ -48,3 +48,8 @@ class Declined:
     node: str
     reason: str
     where: str
+
+
+@dataclass(frozen=True)
+class Uncached(Declined):
+    """An attention that was left alone because no cache is behind its keys and values: nothing stays uncompressed."""

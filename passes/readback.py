@@ -11,11 +11,12 @@ tensor may be a temporary: `read(arena)`, to which the graph's own append is app
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.passes.alias import Writers, leads_to, makes_memory, name, root
+from kvc_compile.passes.alias import Writers, leads_to, makes_memory, memory, name, root
 from kvc_compile.passes.attention import PRODUCTS, SOFTMAX
 from kvc_compile.passes.caches import (
     ZEROS,
@@ -31,6 +32,10 @@ from kvc_compile.passes.caches import (
     size_value,
 )
 from kvc_compile.passes.fx import is_call, output, shape, source, value
+
+
+class NoCache(Decline):
+    """An attention without a cache."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Readers:
         """The caches that `attention` reads and none before it; `Decline` where they may not be read back."""
         found: dict[Node, Buffer | Concat] = {}
         stack = [attention, *after_softmax(attention)]
-        last = max(self.order[n] for n in stack)
+        last, before = max(self.order[n] for n in stack), set(self.visited)
         while stack:
             n = stack.pop()
             if n in self.visited:
@@ -76,6 +81,8 @@ class Readers:
             stack += (i for w in written for i in w.all_input_nodes)
         if not found and (pair := self.shared(attention)) is not None:
             return pair
+        if not found and self.uncached(self.visited - before):
+            raise NoCache("it reads no cache")
         if len(found) != 2:
             raise Decline(f"it reads {len(found) or 'no'} cache{'s' if len(found) != 1 else ''} of its own")
         first, second = sorted(found.values(), key=lambda c: self.order[c.append if isinstance(c, Buffer) else c.node])
@@ -85,6 +92,23 @@ class Readers:
             self.check(c)
         self.pairs.append(Pair(first, second))
         return self.pairs[-1]
+
+    def uncached(self, nodes: set[Node]) -> bool:
+        """Whether what an attention is computed from, back to earlier attentions, holds nothing that may be a cache:
+        no tensor of a cache's form that comes from the caller or goes to it, and none that is written to."""
+        for n in nodes:
+            v = value(n)
+            if not isinstance(v, torch.Tensor) or not v.dtype.is_floating_point or v.dim() < 3:
+                continue
+            given = n.op == "placeholder" and not isinstance(v, torch.nn.Parameter)
+            if (v.dim() > 3 and (given or self.out in n.users)) or (given and n in self.written):
+                return False
+        return True
+
+    @cached_property
+    def written(self) -> set[Node]:
+        """All memory that the graph may write to."""
+        return {m for targets in self.writers.writes.values() for t in targets for m in memory(t)}
 
     def shared(self, attention: Node) -> Pair | None:
         """The caches of an earlier attention, where these keys and values are rearranged from them."""

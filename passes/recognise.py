@@ -11,8 +11,8 @@ The rules of legality, all of them here. An attention is a site if
     the positions must start at 0, which a new buffer proves and the graph otherwise asserts;
  6. nothing between the append and the attention writes to what is appended;
  7. gradients are off.
-Everything else is `Declined` with the reason, or, where the cache is only read, kept compressed and read back for the
-graph as it is (`readback`).
+Everything else is `Declined` with the reason, or `Uncached` where no cache is behind it, or, where the cache is only
+read, kept compressed and read back for the graph as it is (`readback`).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from kvc_compile.passes.fx import (
     value,
     where,
 )
-from kvc_compile.passes.readback import Readers
+from kvc_compile.passes.readback import NoCache, Readers
 from kvc_compile.passes.views import Peeled
-from kvc_compile.sites import CacheTensor, Declined, Site
+from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def read_back(d: Declined, readers: Readers) -> Match | Declined:
     node = readers.nodes[d.node]
     try:
         pair = readers.pair(node)
+    except NoCache as e:
+        return Uncached(d.index, d.node, str(e), d.where)
     except Decline as e:
         return replace(d, reason=f"{d.reason}; its cache cannot be read back either: {e}")
     site = Site(

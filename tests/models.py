@@ -29,7 +29,7 @@ def tiny(family: str, attention="sdpa", device="cpu", layers=2, dtype=torch.floa
         "attn_implementation": attention,
     }
     if family == "mistral":
-        settings["sliding_window"] = None
+        settings["sliding_window"] = None  # unless `config` has one
     cfg = AutoConfig.for_model(family, **(settings | config))
     return AutoModelForCausalLM.from_config(cfg, dtype=dtype).eval().to(device)
 

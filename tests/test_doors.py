@@ -318,34 +318,52 @@ else:
 # ---------------------------------------------------------------- strict
 
 
-class Plain(torch.nn.Module):
-    """Attention without a cache."""
+class Strided(torch.nn.Module):
+    """Attention over every second position of a cache: no append that is known."""
 
     def __init__(self):
         super().__init__()
-        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.place = torch.nn.Parameter(torch.rand(16, 16))
 
-    def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0]
+    def forward(self, x, cache):
+        cache[:, :, ::2] = x @ self.place
+        return torch.nn.functional.scaled_dot_product_attention(x, cache, cache)
 
 
 def test_strict_is_an_error():
     """kvc_compile.compile is strict unless told otherwise."""
-    model, x = Plain().eval(), torch.rand(1, 5, 16)
-    # MultiheadAttention's fast path calls a fused op without SDPA in the graph; the slow one has it
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            want = model(x)
-            with pytest.raises(Exception, match=f"(?s){DeclinedError.__name__}.*strict is set"):
-                kvc_compile.compile(copy.deepcopy(model), INT4)(x)
-            torch._dynamo.reset()
-            loose = kvc_compile.compile(model, INT4, strict=False)
-            torch.testing.assert_close(loose(x), want)
-        (site,) = report(loose).sites
-        assert site.status == "declined" and site.reason
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+    model, x = Strided().eval(), torch.rand(1, 2, 5, 16)
+    with torch.no_grad():
+        want = model(x, torch.zeros(1, 2, 10, 16))
+        with pytest.raises(Exception, match=f"(?s){DeclinedError.__name__}.*strict is set"):
+            kvc_compile.compile(copy.deepcopy(model), INT4)(x, torch.zeros(1, 2, 10, 16))
+        torch._dynamo.reset()
+        loose = kvc_compile.compile(model, INT4, strict=False)
+        torch.testing.assert_close(loose(x, torch.zeros(1, 2, 10, 16)), want)
+    (site,) = report(loose).sites
+    assert site.status == "declined" and site.reason
+
+
+def test_attention_without_a_cache_is_none_that_is_left_uncompressed(compiles, caplog):
+    model = tiny("llama", layers=2)
+    with torch.no_grad():
+        want = model(prompt(), use_cache=False).logits
+        got = kvc_compile.compile(model, INT4)(prompt(), use_cache=False).logits
+    torch.testing.assert_close(got, want)
+    assert [s.status for s in report(model).sites] == ["no cache"] * 2 and not caplog.records
+    assert not report(model).declined and "no cache" in str(report(model))
+
+
+@pytest.mark.parametrize("tokens", [6, 20])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_prompt_longer_than_its_window_is_compressed(kind, tokens, compiles):
+    """The prefill attends to the new tokens alone, and the window that it leaves is taken over by the first step."""
+    model = tiny("mistral", sliding_window=16)
+    want = decode(model, new_cache(model, kind), prompt(tokens=tokens), 14)
+    cache = new_cache(model, kind)
+    got = decode(kvc_compile.compile(model, LOSSLESS), cache, prompt(tokens=tokens), 14)
+    torch.testing.assert_close(got, want)
+    assert handles(cache) == {True}
 
 
 def test_a_model_that_returns_attentions(compiles):

@@ -18,6 +18,7 @@ FILES = [
     "0_captured.py",
     "1_rewritten.py",
     "README.md",
+    "index.html",
     "plan.json",
     "repro.py",
     "rewrite.diff",

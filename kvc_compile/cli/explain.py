@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"ok": False, "error": str(error)}, indent=2))
         print(f"kvc explain: {error}", file=sys.stderr)
         return 2
-    ok = bool(report.sites) and not report.declined
+    ok = any(s.status == "compressed" for s in report.sites) and not report.declined
     if args.json:
         planned = report.bytes(args.tokens, args.batch)
         print(json.dumps({"ok": ok, **report.to_json(), "bytes": asdict(planned)}, indent=2))
