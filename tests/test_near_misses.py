@@ -30,8 +30,8 @@ from kvc_compile.plan import SitePlan
 from kvc_compile.report import remembered
 from kvc_compile.sites import Declined
 
-# minutes for the fast ones, an hour for all: not a part of the ordinary run yet
-pytestmark = pytest.mark.skipif("KVC_NEAR_MISSES" not in os.environ, reason="set KVC_NEAR_MISSES=1 to run these")
+# a quarter of an hour: thousands of them
+MANY = [pytest.mark.slow, pytest.mark.skipif("KVC_NEAR_MISSES" not in os.environ, reason="set KVC_NEAR_MISSES=1 for it")]
 
 KINDS = ("static", "born", "grown")  # tensors that the caller made; that the first call makes; `cat`
 FIXED = ("static", "born")
@@ -1189,7 +1189,7 @@ def singles() -> list[Any]:
                     continue
                 few = stage in ("tokens", "mask", "mode")
                 fast = (v.near and few) or (j == i % len(made) and (v.near or i % 2 == 0))
-                marks = [] if fast else [pytest.mark.slow]
+                marks = [] if fast else MANY
                 found.append(pytest.param(v, id=f"{v.kind}-{stage}-{name}", marks=marks))
     return found
 
@@ -1244,7 +1244,6 @@ def test_some_steps_away():
     check_many(40, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("of", range(1, 11))
+@pytest.mark.parametrize("of", [pytest.param(n, marks=MANY) for n in range(1, 11)])
 def test_many_of_them(of):
     check_many(400, of)
