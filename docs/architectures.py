@@ -21,11 +21,12 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -145,34 +146,43 @@ def said(e: BaseException) -> Row:
 def measure_all(names: Iterable[str], modes: Iterable[str], log: Path, jobs: int) -> None:
     """A process for each row, so that a crash or a hang costs that row only. Rows that `log` has already are kept."""
     known = {(r["name"], r["mode"]) for r in read(log)}
-    todo = [(n, m) for n in names for m in modes if (n, m) not in known]
-    with ThreadPoolExecutor(jobs) as pool, log.open("a") as f:
-        for done in as_completed([pool.submit(one_row, *x) for x in todo]):
-            row = done.result()
-            print(json.dumps(row), file=f, flush=True)
-            print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
+    todo = [(n, m) for n in names for m in modes if (n, m) not in known][::-1]
+    running: dict[Connection, Running] = {}
+    with log.open("a") as f:
+        while todo or running:
+            while todo and len(running) < jobs:
+                started = Running(*todo.pop())
+                running[started.pipe] = started
+            for pipe in wait(list(running), timeout=1):
+                row = running.pop(pipe).end()  # type: ignore[call-overload]
+                print(json.dumps(row), file=f, flush=True)
+                print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
+            for late in [r for r in running.values() if time.monotonic() > r.deadline]:
+                late.process.kill()  # its pipe ends, then
 
 
-def one_row(name: str, mode: str) -> Row:
-    return {"name": name, "mode": mode, **in_process(name, mode)}
+class Running:
+    """A process that measures one row."""
 
+    def __init__(self, name: str, mode: str):
+        self.name, self.mode = name, mode
+        context = multiprocessing.get_context("fork")  # torch and transformers are imported already
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=work, args=(theirs, name, mode))
+        self.deadline = time.monotonic() + TIMEOUT
+        self.process.start()
+        theirs.close()
 
-def in_process(name: str, mode: str) -> Row:
-    context = multiprocessing.get_context("fork")  # torch and transformers are imported already
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(theirs, name, mode))
-    process.start()
-    theirs.close()
-    try:
-        if ours.poll(TIMEOUT):
-            return ours.recv()
-        return {"status": "error", "error": f"no end after {TIMEOUT} s", "place": ""}
-    except EOFError:
-        process.join()
-        return {"status": "error", "error": f"the process ended with code {process.exitcode}", "place": ""}
-    finally:
-        process.kill()
-        process.join()
+    def end(self) -> Row:
+        try:
+            row = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            late = f"no end after {TIMEOUT} s" if time.monotonic() > self.deadline else ""
+            row = {"status": "error", "error": late or f"it ended with code {self.process.exitcode}", "place": ""}
+        self.process.kill()
+        self.process.join()
+        return {"name": self.name, "mode": self.mode, **row}
 
 
 def work(pipe: Any, name: str, mode: str) -> None:

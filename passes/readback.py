@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.passes.alias import Writers, leads_to, makes_memory, memory, name, root
+from kvc_compile.passes.alias import Writers, leads_to, memory, name, root
 from kvc_compile.passes.attention import PRODUCTS, SOFTMAX
 from kvc_compile.passes.caches import (
     ZEROS,
@@ -49,7 +49,9 @@ class Pair:
 class Readers:
     """The caches of a graph that may be read back, found from the attentions that read them, in order."""
 
-    def __init__(self, graph: Graph, taken: set[Node], writers: Writers):
+    def __init__(self, graph: Graph, taken: set[Node], ends: set[Node], writers: Writers):
+        """taken: cache tensors of fused attentions. ends: the results of all attentions."""
+        self.ends = ends
         self.graph, self.taken, self.writers, self.out = graph, taken, writers, output(graph)
         self.visited: set[Node] = set()
         self.pairs: list[Pair] = []  # that are read back
@@ -66,9 +68,11 @@ class Readers:
         found: dict[Node, Buffer | Concat] = {}
         stack = [attention, *after_softmax(attention)]
         last, before = max(self.order[n] for n in stack), set(self.visited)
+        seen: list[Node] = []  # by an earlier attention
         while stack:
             n = stack.pop()
             if n in self.visited:
+                seen.append(n)
                 continue
             self.visited.add(n)
             c = self.cache(n)
@@ -79,7 +83,7 @@ class Readers:
             stack += n.all_input_nodes
             written = [w for w in self.writes.get(n, ()) if self.order[w] < last]
             stack += (i for w in written for i in w.all_input_nodes)
-        if not found and (pair := self.shared(attention)) is not None:
+        if not found and (pair := self.shared(seen)) is not None:
             return pair
         if not found and self.uncached(self.visited - before):
             raise NoCache("it reads no cache")
@@ -110,13 +114,23 @@ class Readers:
         """All memory that the graph may write to."""
         return {m for targets in self.writers.writes.values() for t in targets for m in memory(t)}
 
-    def shared(self, attention: Node) -> Pair | None:
-        """The caches of an earlier attention, where these keys and values are rearranged from them."""
-        roots = {a: rearranged(a) for a in attention.all_input_nodes}
-        for pair in self.pairs:
-            if all(any(c.node in r for r in roots.values()) for c in (pair.key, pair.value)):
-                return pair
-        return None
+    def shared(self, seen: list[Node]) -> Pair | None:
+        """The caches of an earlier attention, where nodes that it saw lead back to them, and to no others."""
+        caches = {c.node: p for p in self.pairs for c in (p.key, p.value)}
+        stack, known, reached = list(seen), set(), {}
+        while stack:
+            n = stack.pop()
+            if n in known or n in self.ends:
+                continue
+            known.add(n)
+            if n in caches:
+                reached[n] = caches[n]
+            elif self.cache(n) is not None:
+                return None
+            else:
+                stack += n.all_input_nodes
+        pairs = list(reached.values())
+        return pairs[0] if pairs and all(p is pairs[0] for p in pairs) and len(pairs) == 2 else None
 
     def cache(self, node: Node) -> Buffer | Concat | None:
         try:
@@ -160,18 +174,6 @@ class Readers:
                 raise Decline(f"`{name(n)}` may write to {what}")
         if isinstance(c, Concat) and c.past is not None:
             size_of(c.past, self.placeholders)
-
-
-def rearranged(node: Node) -> set[Node]:
-    """What `node` is a view of, or a rearranged copy."""
-    found, stack = set(), [node]
-    while stack:
-        n = stack.pop()
-        if n not in found:
-            found.add(n)
-            if n.op != "placeholder" and (not makes_memory(n) or name(n) in ("cat", "repeat", "repeat_interleave")):
-                stack += n.all_input_nodes
-    return found
 
 
 def after_softmax(attention: Node) -> list[Node]:

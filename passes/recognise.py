@@ -49,7 +49,7 @@ from kvc_compile.passes.fx import (
     value,
     where,
 )
-from kvc_compile.passes.readback import NoCache, Readers
+from kvc_compile.passes.readback import NoCache, Readers, after_softmax
 from kvc_compile.passes.views import Peeled
 from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 
@@ -83,7 +83,9 @@ def recognise(gm: GraphModule) -> list[Match | Declined]:
         except Decline as e:
             matches.append(Declined(index, a.node.name, str(e), where(a.node)))
     matches = check_uses(gm.graph, matches, inner)
-    readers = Readers(gm.graph, {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)}, writers)
+    taken = {c.node for m in matches if isinstance(m, Match) for c in (m.key, m.value)}
+    ends = {e for a in found for e in (after_softmax(a.node) if isinstance(a, NotAttention) else [a.node])}
+    readers = Readers(gm.graph, taken, ends, writers)
     matches = [m if isinstance(m, Match) else read_back(m, readers) for m in matches]
     return matches + unread(readers, matches)
 
