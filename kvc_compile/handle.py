@@ -62,8 +62,12 @@ class CacheHandle(torch.Tensor):
         parts = index if isinstance(index, tuple) and len(index) in (3, 4) else (None, None, None)
         positions, rest = parts[2], (*parts[:2], *parts[3:])
         whole = all(isinstance(i, slice) and i == slice(None) for i in rest)
+        if isinstance(positions, slice) and isinstance(self.arena, FakeTensor) and whole:
+            return  # Dynamo traces it, for which nothing is written
+        if isinstance(positions, slice):
+            positions = torch.arange(self.shape[2], device=self.device)[positions]
         tokens = isinstance(positions, Tensor) and positions.dim() == 1 and positions.dtype == torch.int64
-        if whole and tokens and isinstance(value, Tensor):
+        if whole and tokens and isinstance(value, Tensor) and value.dim() == 4:
             self.index_copy_(2, positions, value)
             return
         raise NotImplementedError(f"an assignment by index {_WRITES}")

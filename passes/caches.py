@@ -1,8 +1,9 @@
 """Finding what an operand of attention reads: the cache tensor, its append, and everything else that touches it.
 
 A cache tensor is one of
-- a buffer (a placeholder, or zeros made here) that one append writes in place: `index_copy_(2, positions, x)` or
-  `buffer[:, :, positions] = x`;
+- a buffer (a placeholder, or zeros made here) that one append writes in place: `index_copy_(2, positions, x)`,
+  `buffer[:, :, positions] = x`, or to a slice of it: `buffer[:, :, a:b] = x`, `buffer[:, :, a:b].copy_(x)`,
+  `buffer.narrow(2, a, n).copy_(x)`;
 - `cat([past, x], -2)`, returned to the caller.
 Every user of it must be that append, a view on the way to attention, a read of its sizes, or the graph's output.
 """
@@ -30,16 +31,24 @@ class Decline(Exception):
 
 
 @dataclass(frozen=True)
+class Span:
+    """The positions first, first + 1, ..., as many as there are new tokens. first: a number or a node, not below 0."""
+
+    first: int | Node
+
+
+@dataclass(frozen=True)
 class Buffer:
     """A static cache tensor [B, H, L, D] and its one append of `x` [B, H, n, D] at `positions` (int [n])."""
 
     node: Node  # the placeholder or the zeros
     born: bool
     append: Node
-    positions: Node | None  # None: a window that is full; x pushes the oldest tokens out
+    positions: Node | Span | None  # None: a window that is full; x pushes the oldest tokens out
     consecutive: bool  # proved from the graph: positions = p, p+1, ...
     x: Node
     metadata: tuple[Node, ...]
+    views: tuple[Node, ...] = ()  # that only the append uses
 
 
 @dataclass(frozen=True)
@@ -89,21 +98,26 @@ def read_buffer(node: Node) -> Buffer:
     if s is None or len(s) != 4:
         raise Decline(f"{what} is no cache tensor [batch, heads, tokens, channels]")
     alone_in_memory(node)
-    appends = [u for u in node.users if node in writes(u)]
+    appends = [w for u in node.users for w in (u, *u.users) if node in writes(w) or u in writes(w)]
     if not appends:
         raise Decline(f"nothing in this graph is appended to {what} before attention reads it")
     if len(appends) > 1:
         raise Decline(f"{what} is written {len(appends)} times")
     (append,) = appends
     positions, x = _read_append(append, node)
-    if not (same_shape(x, s[0], s[1], shape(positions)[0], s[3]) if shape(positions) else False):  # type: ignore[index]
+    length = shape(x)[2] if isinstance(positions, Span) else (shape(positions) or (None,))[0]  # type: ignore[index]
+    if length is None or not same_shape(x, s[0], s[1], length, s[3]):
         raise Decline(f"what is written to {what} does not have its shape, {tuple(s)}")
     if value(x).dtype != value(node).dtype:
         raise Decline(f"{value(x).dtype} is written to {what}, which is {value(node).dtype}")
     if node.op != "placeholder":
         born_sizes(node)
     metadata = tuple(u for u in node.users if is_call(u, *SIZES))
-    return Buffer(node, node.op != "placeholder", append, positions, consecutive(positions), x, metadata)
+    views = () if append.args[0] is node else (append.args[0],)
+    if views and (append.users or len(views[0].users) > 1):  # type: ignore[union-attr]
+        raise Decline(f"a part of {what} is used besides being written")
+    ascending = isinstance(positions, Span) or consecutive(positions)
+    return Buffer(node, node.op != "placeholder", append, positions, ascending, x, metadata, views)  # type: ignore[arg-type]
 
 
 def born_sizes(zeros: Node) -> tuple:
@@ -130,8 +144,12 @@ def alone_in_memory(node: Node) -> None:
         raise Decline(f"{source(node) or node.name} shares its memory with another input")
 
 
-def _read_append(node: Node, buffer: Node) -> tuple[Node, Node]:
+def _read_append(node: Node, buffer: Node) -> tuple[Node | Span, Node]:
     """(positions [n], values) of an append to `buffer` along dimension 2."""
+    if is_call(node, "copy_") and len(node.args) == 2 and isinstance(node.args[1], Node):
+        span = _part(node.args[0], buffer)
+        if span is not None and same_shape(node.args[1], *shape(node.args[0])):  # type: ignore[misc]
+            return span, node.args[1]
     if is_call(node, "index_copy_") and len(node.args) == 4 and not node.kwargs and node.args[0] is buffer:
         _, dim, positions, x = node.args
         if dim in (2, -2) and isinstance(positions, Node) and isinstance(x, Node):
@@ -142,10 +160,38 @@ def _read_append(node: Node, buffer: Node) -> tuple[Node, Node]:
             ok = index[0] == FULL and index[1] == FULL and all(i == FULL for i in index[3:])
             p = index[2]
             v = value(p)
+            if ok and isinstance(p, slice) and (span := _span(p, shape(x))) is not None:
+                return span, x
             if ok and isinstance(p, Node) and isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.dim() == 1:
                 return p, x
     name = getattr(node.target, "__name__", node.target)
     raise Decline(f"`{name}` writes to {source(buffer) or buffer.name} in a way that is no append of tokens")
+
+
+def _part(view: Any, buffer: Node) -> Span | None:
+    """The tokens of `buffer[:, :, a:b]` or `buffer.narrow(2, a, n)`."""
+    if is_call(view, operator.getitem) and view.args[0] is buffer and isinstance(view.args[1], tuple):
+        index = view.args[1]
+        if len(index) in (3, 4) and all(i == FULL for i in (*index[:2], *index[3:])) and isinstance(index[2], slice):
+            return _span(index[2], shape(view))
+    if is_call(view, "narrow", torch.narrow) and view.args[0] is buffer and len(view.args) == 4:
+        _, dim, first, n = view.args
+        if dim in (2, -2) and _not_negative(first) and same(value(n), (shape(view) or (0, 0, None))[2]):
+            return Span(first)
+    return None
+
+
+def _span(cut: slice, s: tuple | None) -> Span | None:
+    """The positions that `cut` takes, if it takes as many as a tensor of shape `s` has tokens."""
+    first = 0 if cut.start is None else cut.start
+    if cut.step not in (None, 1) or cut.stop is None or not _not_negative(first) or not s or len(s) != 4:
+        return None
+    return Span(first) if same(value(cut.stop) - value(first), s[2]) else None
+
+
+def _not_negative(first: Any) -> bool:
+    v = value(first)
+    return isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) and bool(v >= 0)  # a guard, if it is a symbol
 
 
 def consecutive(positions: Node) -> bool:

@@ -31,6 +31,7 @@ from kvc_compile.passes.caches import (
     Buffer,
     Concat,
     Decline,
+    Span,
     check_window,
     kind,
     read_sizes,
@@ -175,7 +176,9 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
     if ks[3] % 4 or vs[3] % 4:
         raise Decline(f"head dimensions {ks[3]} and {vs[3]}: a multiple of 4 is needed")
     if isinstance(key, Buffer) and isinstance(val, Buffer):
-        if key.positions is not val.positions:
+        if key.positions is not val.positions and not (
+            isinstance(key.positions, Span) and key.positions == val.positions
+        ):
             raise Decline("keys and values are appended at different positions")
         if key.born != val.born:
             raise Decline("keys and values are not two caches of the same kind")
@@ -265,7 +268,7 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
     allowed = span | set(c.metadata) | {out}
     roots = [c.node]
     if isinstance(c, Buffer):
-        allowed.add(c.append)
+        allowed.update((c.append, *c.views))
         if c.append.op == "call_method":  # index_copy_ returns the buffer
             roots.append(c.append)
     for root in roots:

@@ -21,7 +21,7 @@ takes handles apart and puts them together.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
 from kvc_compile.passes.alias import Writers, leads_to
-from kvc_compile.passes.caches import Buffer, Concat, born_sizes, consecutive, kind, read_sizes, size_value
+from kvc_compile.passes.caches import Buffer, Concat, Span, born_sizes, consecutive, kind, read_sizes, size_value
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.readback import size_of
 from kvc_compile.passes.recognise import Match
@@ -121,6 +121,7 @@ class _Rewrite:
         self.reads: dict[Node, list[Node]] = {}  # cache tensor -> operators that read its arena
         self.checked: set[tuple[Node | None, Node]] = set()
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
+        self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
 
     def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
         node = self.graph.call_function(op, args)
@@ -135,6 +136,7 @@ class _Rewrite:
     # ------------------------------------------------------------ one site
 
     def site(self, m: Match, p: SitePlan) -> None:
+        m = replace(m, key=self.placed(m.key), value=self.placed(m.value))
         if isinstance(m.key, Concat) and m.site.key.kind == "fresh":
             for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
                 self.encode(c, layout, role, m)  # type: ignore[arg-type]
@@ -167,6 +169,25 @@ class _Rewrite:
             args = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, p.key.key, p.value.key)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
         self.rest(m, p, new)
+
+    def placed(self, c: Buffer | Concat) -> Buffer | Concat:
+        """A buffer whose positions are a node."""
+        if not isinstance(c, Buffer) or not isinstance(c.positions, Span):
+            return c
+        if c.append not in self.positions:
+            x, n = value(c.x), shape(c.x)[2]  # type: ignore[index]
+            with x.fake_mode:
+                fake = torch.empty(n, dtype=torch.int64, device=x.device)
+            with self.graph.inserting_before(c.append):
+                size = n
+                if not isinstance(n, int):
+                    size = self.graph.call_method("size", (c.x, 2))
+                    copy_meta(size, c.append, n)
+                steps = self.graph.call_function(torch.arange, (size,), {"device": x.device})
+                copy_meta(steps, c.append, fake)
+                args = operator.add, steps, c.positions.first
+                self.positions[c.append] = self.call(*args, like=c.append, fake=fake)
+        return replace(c, positions=self.positions[c.append])
 
     def rest(self, m: Match, p: SitePlan, new: Node) -> None:
         """Put `new` in the attention's place and remember the appends that follow it."""
@@ -295,7 +316,7 @@ class _Rewrite:
                 else:
                     arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
             if isinstance(c, Buffer):
-                self.dead.insert(0, c.append)
+                self.dead = [c.append, *self.dead, *c.views]
                 c.append.meta["kvc_erase"] = True
             else:
                 self.grown(c, arena, layout, m, role)

@@ -29,6 +29,12 @@ class KVCache(nn.Module):
         if self.write == "setitem":
             k_out[:, :, input_pos] = k
             v_out[:, :, input_pos] = v
+        elif self.write == "slice":
+            k_out[:, :, input_pos : input_pos + k.shape[2]] = k
+            v_out[:, :, input_pos : input_pos + v.shape[2]] = v
+        elif self.write == "narrow":
+            k_out.narrow(2, input_pos, k.shape[2]).copy_(k)
+            v_out.narrow(2, input_pos, v.shape[2]).copy_(v)
         else:
             k_out.index_copy_(2, input_pos, k)
             v_out.index_copy_(2, input_pos, v)
@@ -69,8 +75,12 @@ class Transformer(nn.Module):
         self.register_buffer("causal_mask", torch.tril(torch.ones(LENGTH, LENGTH, dtype=torch.bool)))
 
     def forward(self, idx, input_pos):
-        mask = self.causal_mask[None, None, input_pos]
-        x = self.embedding(idx) + self.position(input_pos)
+        """input_pos: the positions of idx [n]; the first of them as a number where the cache is written by slices."""
+        positions = input_pos
+        if isinstance(input_pos, int):
+            positions = torch.arange(input_pos, input_pos + idx.shape[1])
+        mask = self.causal_mask[None, None, positions]
+        x = self.embedding(idx) + self.position(positions)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x), mask, input_pos)
         return self.output(x)
@@ -93,6 +103,13 @@ def run(call, ids, prompt: int, chunk: int = 0):
     return torch.cat(parts, 1)
 
 
+@torch.no_grad()
+def run_from(call, ids, prompt: int):
+    """As `run`, with the first position as a number."""
+    cuts = [0, *range(prompt, ids.shape[1] + 1)]
+    return torch.cat([call(ids[:, a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)], 1)
+
+
 def caches(model):
     return [t for layer in model.layers for t in (layer.kv_cache.k_cache, layer.kv_cache.v_cache)]
 
@@ -109,6 +126,25 @@ def test_prefill_and_decode(spec, write, gqa, no_inductor):
         assert not torch.equal(got, want)
     assert all(isinstance(t, CacheHandle) for t in caches(model))
     assert [s.status for s in report(model).sites] == ["compressed"] * 2
+
+
+@pytest.mark.parametrize("write", ["slice", "narrow"])
+@pytest.mark.parametrize("spec", [{"kvc": 1}, "int4"])
+def test_writes_to_slices(spec, write, no_inductor):
+    """Positions are numbers, for all of which there is one graph."""
+    model, ids = Transformer(write=write).eval(), tokens(70)
+    want = run_from(copy.deepcopy(model), ids, 50)
+    got = run_from(torch.compile(model, backend="kvc", options=spec, fullgraph=True), ids, 50)
+    torch.testing.assert_close(got, want, atol=1e-4 if spec == {"kvc": 1} else 0.1, rtol=0)
+    assert all(isinstance(t, CacheHandle) for t in caches(model))
+    assert [s.status for s in report(model).sites] == ["compressed"] * 2 and report(model).graphs <= 3
+
+
+def test_slices_through_inductor():
+    model, ids = Transformer(write="slice", layers=1).eval(), tokens(56)
+    want = run_from(copy.deepcopy(model), ids, 50)
+    got = run_from(torch.compile(model, backend="kvc", options={"kvc": 1}, fullgraph=True), ids, 50)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("spec", [{"kvc": 1}, "int4"])

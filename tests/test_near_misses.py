@@ -214,9 +214,29 @@ WRITE = {
     "setitem": same(write("ck[:, :, pos] = k"), *FIXED),
     "setitem of four": same(write("ck[:, :, pos, :] = k"), *FIXED),
     "setitem of ellipsis": near(write("ck[..., pos, :] = k"), *FIXED),
-    "slice": near(write("ck[:, :, start : start + n] = k"), *FIXED),
-    "slice, copy_": near(write("ck[:, :, start : start + n].copy_(k)"), *FIXED),
-    "narrow": near(write("ck.narrow(2, start, n).copy_(k)"), *FIXED),
+    "slice": same(write("ck[:, :, start : start + n] = k"), *FIXED, raises=f"{GAP}|{SHOWN}"),
+    "slice of four": same(write("ck[:, :, start : start + n, :] = k"), *FIXED, raises=f"{GAP}|{SHOWN}"),
+    "slice, copy_": same(write("ck[:, :, start : start + n].copy_(k)"), *FIXED, raises=f"{GAP}|{SHOWN}"),
+    "narrow": same(write("ck.narrow(2, start, n).copy_(k)"), *FIXED, raises=f"{GAP}|{SHOWN}"),
+    "narrow, dim -2": same(write("ck.narrow(-2, start, n).copy_(k)"), *FIXED, raises=f"{GAP}|{SHOWN}"),
+    "slice, part used": near(
+        write("new = ck[:, :, start : start + n]\nnew.copy_(k)\nextra = extra + new.sum()"), *FIXED
+    ),
+    "slice, written twice": near(write("new = ck[:, :, start : start + n]\nnew.copy_(k)\nnew.mul_(2)"), *FIXED),
+    "slice, scaled": near(write("ck[:, :, start : start + n].mul_(0.5).add_(k)"), *FIXED),
+    "slice, of one token": near(write("ck[:, :, start : start + n] = k[:, :, :1]"), *FIXED),
+    "slice to the end": near(write("ck[:, :, start:].copy_(F.pad(k, (0, 0, 0, ck.shape[2] - start - n)))"), *FIXED),
+    "slice from the end": near(write("ck[:, :, -n:] = k"), *FIXED, raises=GAP),
+    "slice of every second": near(write("ck[:, :, start : start + 2 * n : 2] = k"), *FIXED),
+    "slice of one head": near(write("ck[:, :1, start : start + n] = k[:, :1]"), *FIXED),
+    "slice, values one later": near(
+        "ck[:, :, start : start + n] = k\ncv[:, :, start + 1 : start + 1 + n] = v", *FIXED, raises=GAP
+    ),
+    "slice of keys, index of values": near("ck[:, :, start : start + n] = k\ncv[:, :, pos_v] = v", *FIXED),
+    "slice, the copy returned": near(
+        write("part_k = ck[:, :, start : start + n].copy_(k)"), *FIXED, also={"after": "extra = extra + part_k.sum()"}
+    ),
+    "narrow of channels": near(write("ck.narrow(3, 0, 4)[:, :, start : start + n].copy_(k[..., :4])"), *FIXED),
     "an alias": near(write("alias = ck.view(ck.shape)\nalias.index_copy_(2, pos, k)"), *FIXED),
     "tokens first": near(write("ck.transpose(1, 2).index_copy_(1, pos, k.transpose(1, 2))"), *FIXED),
     "index_put_": near(write("ck.transpose(0, 2).index_put_((pos,), k.transpose(0, 2))"), *FIXED),
