@@ -98,7 +98,9 @@ def read_buffer(node: Node) -> Buffer:
     if s is None or len(s) != 4:
         raise Decline(f"{what} is no cache tensor [batch, heads, tokens, channels]")
     alone_in_memory(node)
-    appends = [w for u in node.users for w in (u, *u.users) if node in writes(w) or u in writes(w)]
+    appends = [u for u in node.users if node in writes(u)]
+    parts = [u for u in node.users if is_call(u, operator.getitem, "narrow", torch.narrow)]
+    appends += [w for part in parts for w in part.users if part in writes(w)]
     if not appends:
         raise Decline(f"nothing in this graph is appended to {what} before attention reads it")
     if len(appends) > 1:
