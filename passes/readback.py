@@ -25,13 +25,12 @@ from kvc_compile.passes.caches import (
     Decline,
     check_window,
     kind,
-    last_tokens,
     read_buffer,
     read_concat,
-    read_window,
     size_value,
 )
 from kvc_compile.passes.fx import is_call, output, shape, source, value
+from kvc_compile.passes.windows import last_tokens, read_window
 
 
 class NoCache(Decline):
