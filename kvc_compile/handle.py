@@ -64,8 +64,8 @@ class CacheHandle(torch.Tensor):
         whole = all(isinstance(i, slice) and i == slice(None) for i in rest)
         if isinstance(positions, slice) and isinstance(self.arena, FakeTensor) and whole:
             return  # Dynamo traces it, for which nothing is written
-        if isinstance(positions, slice):
-            positions = torch.arange(self.shape[2], device=self.device)[positions]
+        if isinstance(positions, slice) and positions.indices(self.shape[2])[1] >= cpu.length(self.arena, self.stored):
+            positions = torch.arange(self.shape[2], device=self.device)[positions]  # an append: nothing comes after it
         tokens = isinstance(positions, Tensor) and positions.dim() == 1 and positions.dtype == torch.int64
         if whole and tokens and isinstance(value, Tensor) and value.dim() == 4:
             self.index_copy_(2, positions, value)

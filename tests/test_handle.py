@@ -216,13 +216,15 @@ def test_writes_by_slice_are_errors(write, handle):
     assert torch.equal(handle.arena, before)
 
 
-@pytest.mark.parametrize("how", ["index_copy_", "index_copy_-2", "setitem"])
+@pytest.mark.parametrize("how", ["index_copy_", "index_copy_-2", "setitem", "setitem_slice"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_appending(name, how):
     handle, x = make(name), torch.randn(2, 2, 5, 16)
     want, positions = handle.dense(), torch.arange(N, N + 5)
     if how == "setitem":
         handle[:, :, positions] = x
+    elif how == "setitem_slice":
+        handle[:, :, N : N + 5] = x
     else:
         assert handle.index_copy_(-2 if how.endswith("2") and "-" in how else 2, positions, x) is handle
     got = handle.dense()
