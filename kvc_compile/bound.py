@@ -99,13 +99,13 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
 def settle(window: CacheHandle, i: Input, args: Sequence[Any]) -> None:
     """A static cache whose tokens were pushed along as a window's takes a new prompt, and nothing at other positions:
     those are not the arena's any more."""
-    if window.arena.__dict__.pop("kvc_total", 0) <= window.shape[2]:
-        return
-    if i.start is None or int(args[i.start].reshape(-1)[0]) != 0:
+    moved_on = getattr(window.arena, "kvc_total", 0) > window.shape[2]
+    if moved_on and (i.start is None or int(args[i.start].reshape(-1)[0]) != 0):
         raise RuntimeError(
             f"layer {i.layer}: this compressed cache is a window that has moved on; it can be written at its end, or "
             "from position 0, and at no other position"
         )
+    window.arena.__dict__.pop("kvc_total", None)  # only now: the next call must meet the same error
 
 
 def make_room(window: CacheHandle, tokens: int) -> None:
