@@ -8,7 +8,10 @@ from tiny_zoo import build
 from torch import nn
 
 import kvc_compile.backend as backend
+from kvc_compile.bound import settle
 from kvc_compile.handle import CacheHandle
+from kvc_compile.layout import Codec, Layout
+from kvc_compile.passes.rewrite import Input
 from kvc_compile.plan import SLACK
 from kvc_compile.report import report
 from models import decode, new_cache, prompt, tiny
@@ -152,3 +155,15 @@ def test_a_view_of_a_larger_tensor_is_left_alone(shared):
         torch.testing.assert_close(both, torch.stack(plain))
     else:
         assert all(isinstance(c, CacheHandle) for c in caches)
+
+
+def test_a_window_that_has_moved_on_refuses_its_middle_each_time():
+    layout = Layout(Codec("raw"), 2, 16, "float32")
+    window = CacheHandle(torch.zeros(1, layout.row_bytes(64), dtype=torch.uint8), layout.key, 8, True)
+    window.arena.kvc_total = 11
+    at = Input(0, layout.key, 0, "keys", True, start=1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="window that has moved on"):
+            settle(window, at, [window, torch.tensor([3])])
+    settle(window, at, [window, torch.tensor([0])])
+    assert not hasattr(window.arena, "kvc_total")
