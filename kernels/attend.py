@@ -44,6 +44,24 @@ def aligned(f, k, bn):
 
 
 @triton.jit
+def cache_lengths(k_arena, v_arena, h, positions, PLACED: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """(cached tokens to attend to, encoded keys and values among them, whether the two caches cannot be attended)."""
+    k_head, v_head = header_pointer(k_arena, h), header_pointer(v_arena, h)
+    length = tl.load(k_head).to(tl.int32)
+    v_length = tl.load(v_head).to(tl.int32)
+    fault = (tl.load(k_head + 2) != 0) | (tl.load(v_head + 2) != 0)
+    if PLACED:
+        start = tl.load(positions).to(tl.int32)
+        fault = fault | (start < 0) | (start > length) | (start > v_length)
+        length = tl.maximum(tl.minimum(start, tl.minimum(length, v_length)), 0)
+    else:
+        fault = fault | (length != v_length)
+    k_encoded = tl.minimum(tl.load(k_head + 1).to(tl.int32), tl.maximum(length - K.sink, 0))
+    v_encoded = tl.minimum(tl.load(v_head + 1).to(tl.int32), tl.maximum(length - V.sink, 0))
+    return length, k_encoded, v_encoded, fault
+
+
+@triton.jit
 def soft_step(q, k, v, seen, bias, scale, m, mass, acc, DOT: tl.constexpr):
     """One tile of online softmax: the new (m, mass, acc), acc not yet divided by mass."""
     PRECISION: tl.constexpr = "ieee" if DOT.primitive_bitwidth == 32 else "tf32"
@@ -115,18 +133,7 @@ def attend_split(
     k_new += b * k_b + h * k_h
     v_new += b * v_b + h * v_h
 
-    k_head, v_head = header_pointer(k_arena, h), header_pointer(v_arena, h)
-    length = tl.load(k_head).to(tl.int32)
-    v_length = tl.load(v_head).to(tl.int32)
-    fault = (tl.load(k_head + 2) != 0) | (tl.load(v_head + 2) != 0)
-    if PLACED:
-        start = tl.load(positions).to(tl.int32)
-        fault = fault | (start < 0) | (start > length) | (start > v_length)
-        length = tl.maximum(tl.minimum(start, tl.minimum(length, v_length)), 0)
-    else:
-        fault = fault | (length != v_length)
-    k_encoded = tl.minimum(tl.load(k_head + 1).to(tl.int32), tl.maximum(length - K.sink, 0))
-    v_encoded = tl.minimum(tl.load(v_head + 1).to(tl.int32), tl.maximum(length - V.sink, 0))
+    length, k_encoded, v_encoded, fault = cache_lengths(k_arena, v_arena, h, positions, PLACED, K, V)
     total = length + n
     end = total
     if MASK != NO_MASK:
@@ -195,14 +202,14 @@ def attend_split(
 
 
 @triton.jit(do_not_specialize=["n", "S"])
-def merge(parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr):
-    """out = sum_S exp(lse_S - lse) o_S for one query row, BS splits at a time; D channels in a tile of DV."""
+def merge(parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, DC: tl.constexpr):
+    """out = sum_S exp(lse_S - lse) o_S, BS splits at a time. Program: (query row, DC of D channels)."""
     row = tl.program_id(0).to(tl.int64)  # (batch row and kv head) * n * G + i * G + g
     rows = tl.num_programs(0).to(tl.int64)
-    d = tl.arange(0, DV)
+    d = tl.program_id(1) * DC + tl.arange(0, DC)
     m = tl.full([1], float("-inf"), tl.float32)
     mass = tl.zeros([1], tl.float32)
-    acc = tl.zeros([DV], tl.float32)
+    acc = tl.zeros([DC], tl.float32)
     for s0 in range(0, S, BS):
         s = s0 + tl.arange(0, BS)
         at = s * rows + row

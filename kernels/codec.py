@@ -187,6 +187,23 @@ def load_new(new, stride, j0, n, d, BN: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def load_exact(arena, new, stride, h, length, encoded, total, p0, d, BN: tl.constexpr, F: tl.constexpr):
+    """Those of the tokens at positions p0 .. p0+BN-1 that are not encoded: sink, ring, or new from `length` on; fp32
+    [BN, DP], 0 for all others."""
+    DTYPE: tl.constexpr = new.dtype.element_ty
+    p = p0 + tl.arange(0, BN)
+    exact = (p >= 0) & (p < total) & ((p < F.sink) | (p >= F.sink + encoded))
+    real = (d < F.channels)[None, :]
+    stored = typed(arena, DTYPE) + exact_offset(h, p, F)
+    if F.channels * F.item % 16 == 0:
+        stored = tl.multiple_of(stored, 16)
+    x = tl.load(stored[:, None] + d[None, :], mask=(exact & (p < length))[:, None] & real, other=0.0)
+    source = new + (p - length).to(tl.int64) * stride
+    y = tl.load(source[:, None] + d[None, :], mask=(exact & (p >= length))[:, None] & real, other=0.0)
+    return tl.where((p < length)[:, None], x, y).to(tl.float32)
+
+
+@triton.jit
 def load_tokens(
     arena, new, stride, h, N, length, encoded, total, p0, d, ALIGNED: tl.constexpr, BN: tl.constexpr, F: tl.constexpr
 ):
@@ -194,15 +211,10 @@ def load_tokens(
 
     0 outside [0, total).
     """
-    DTYPE: tl.constexpr = new.dtype.element_ty
     p = p0 + tl.arange(0, BN)
     body = (p >= F.sink) & (p < F.sink + encoded)
-    exact = (p >= 0) & (p < total) & ((p < F.sink) | (p >= F.sink + encoded))
-    stored = typed(arena, DTYPE) + exact_offset(h, p, F)
-    source = tl.where(p < length, stored, new + (p - length).to(tl.int64) * stride)
-    live = exact[:, None] & (d < F.channels)[None, :]
-    x = tl.load(source[:, None] + d[None, :], mask=live, other=0.0).to(tl.float32)
-    y = load_body(arena, h, N, p0 - F.sink, encoded, d, ALIGNED, BN, DTYPE, F)
+    x = load_exact(arena, new, stride, h, length, encoded, total, p0, d, BN, F)
+    y = load_body(arena, h, N, p0 - F.sink, encoded, d, ALIGNED, BN, new.dtype.element_ty, F)
     return tl.where(body[:, None], y, x)
 
 

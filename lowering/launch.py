@@ -17,12 +17,15 @@ from torch import Tensor
 
 from kvc_compile.kernels import append as A
 from kvc_compile.kernels import attend as T
+from kvc_compile.kernels import decode as D
 from kvc_compile.kernels import read as R
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
+from kvc_compile.lowering import bounds, decoding
 
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-MERGE = 16  # splits that `merge` takes at a time
+MERGE = 128  # splits that `merge` takes at a time, at most
+MANY_ROWS = 512  # query rows from which on a program of `merge` takes all channels
 STORE = 16  # tokens that a program of `append_store` takes
 WAVES = 4  # programs per multiprocessor that the splits aim at
 
@@ -80,27 +83,35 @@ def attend(
     k_layout: Layout,
     v_layout: Layout,
     splits: int | None = None,
+    tiles: decoding.Tiles | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of the new queries over the cache and the new tokens: see `kernels.reference.attend`.
 
-    splits: into how many parts the sequence is divided; chosen from the shapes and the device unless given.
+    splits, tiles: into how many parts the sequence is divided, and the sizes of the decoding kernel; chosen from the
+    shapes and the device unless given. out: where to write, fp32 or q's dtype.
     """
     batch, heads, n, _ = q.shape
     k_form, v_form = form(k_layout), form(v_layout)
     groups = heads // k_form.heads
-    out = torch.empty(batch, heads, n, v_form.channels, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, n, v_form.channels, dtype=q.dtype, device=q.device)
     q = inner_contiguous(q, q.dtype)
     k_new = inner_contiguous(k_new, getattr(torch, k_layout.dtype))
     v_new = inner_contiguous(v_new, getattr(torch, v_layout.dtype))
-    kind, view = T.NO_MASK, q
+    kind, view, seen = T.NO_MASK, q, q
+    tiles = tiles or decoding.tiles(k_form, v_form, n * groups, q.dtype)
     if mask is not None:
         kind = T.BOOL_MASK if mask.dtype == torch.bool else T.ADDED_MASK
         view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        seen = bounds.bounds(mask) if tiles else q
 
     bm, bn, warps = tile_sizes(n * groups, max(k_form.channels, v_form.channels), q.element_size())
-    tiles = triton.cdiv(n * groups, bm)
-    programs = tiles * batch * k_form.heads
+    blocks = 1 if tiles else triton.cdiv(n * groups, bm)
+    programs = blocks * batch * k_form.heads
     room = v_layout.capacity_of(v_data.shape[1]) + v_form.sink + v_form.recent + n
+    if splits is None and tiles:
+        splits = decoding.split_count(tiles, programs, room, multiprocessors(q.device))
     splits = splits or split_count(programs, room, bn, q.device)
     rows = batch * heads * n
     if splits == 1:
@@ -108,23 +119,37 @@ def attend(
     else:
         parts = torch.empty(splits, rows, v_form.channels, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    place = q if positions is None else positions
+    sizes = (
+        n, splits, k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
+        k_data.stride(0), v_data.stride(0), 0 if mask is None else mask.shape[3],
+        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
+        *([0] * 4 if mask is None else mask_strides(mask)),
+    )  # fmt: skip
+    variant = dict(
+        G=groups, MASK=kind.value, CAUSAL=causal, PLACED=positions is not None, DIRECT=splits == 1, K=k_form, V=v_form
+    )
+    interpreted_bf16 = interpreted() and q.dtype == torch.bfloat16  # the interpreter computes bf16 wrongly
     with on(q.device):
-        T.attend_split[tiles, batch * k_form.heads, splits](
-            q, k_new, v_new, view, q if positions is None else positions, parts, lse, k_data, v_data, scale, n, splits,
-            k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
-            k_data.stride(0), v_data.stride(0), 0 if mask is None else mask.shape[3],
-            *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
-            *([0] * 4 if mask is None else mask_strides(mask)),
-            G=groups, MASK=kind.value, CAUSAL=causal, PLACED=positions is not None, CHUNK=n >= bn, DIRECT=splits == 1,
-            BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
-            # the interpreter computes bf16 wrongly
-            DOT=tl.float32 if interpreted() and q.dtype == torch.bfloat16 else DOT[q.dtype],
-            K=k_form, V=v_form, num_warps=warps,
-        )  # fmt: skip
+        if tiles:
+            D.decode_split[splits, programs](
+                q, k_new, v_new, view, seen, place, parts, lse, k_data, v_data, scale, *sizes,
+                *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
+                BM=tiles.BM, BT=tiles.BT, TP=tiles.TP, MIX=16, CK=tiles.CK, CV=tiles.CV, STAGES=tiles.stages,
+                WIDE=tl.float32 if interpreted_bf16 else DOT[q.dtype], ASM=not interpreted(), num_warps=tiles.warps,
+            )  # fmt: skip
+        else:
+            T.attend_split[blocks, batch * k_form.heads, splits](
+                q, k_new, v_new, view, place, parts, lse, k_data, v_data, scale, *sizes, **variant,
+                CHUNK=n >= bn, BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
+                DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=warps,
+            )  # fmt: skip
         if splits > 1:
-            T.merge[rows,](
-                parts, lse, out, n, splits,
-                G=groups, BS=MERGE, D=v_form.channels, DV=pad(v_form.channels), num_warps=4,
+            together = min(MERGE, max(16, triton.next_power_of_2(splits)))
+            wide = pad(v_form.channels) if rows >= MANY_ROWS else 32
+            T.merge[rows, triton.cdiv(v_form.channels, wide)](
+                parts, lse, out, n, splits, G=groups, BS=together, D=v_form.channels, DC=wide,
+                num_warps=4 if together * wide >= 4096 else 2,
             )  # fmt: skip
     return out
 

@@ -1,0 +1,74 @@
+"""When the decoding kernel takes a call, and with which tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvc_compile.kernels.form import FP8, INT, RAW, Form
+
+MOST_COLUMNS = 32  # query rows of a kv head that the kernel takes
+LONGEST_TILE = 128  # tokens
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Compile-time sizes of `kernels.decode.decode_split`."""
+
+    BM: int
+    BT: int
+    TP: int
+    CK: int
+    CV: int
+    warps: int
+    stages: int
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor runs at a time, if registers limit them: 64k registers, 255 a thread."""
+        return 8 // self.warps
+
+
+def chunk(f: Form) -> int:
+    """The widest power of two that divides the channels and the channel groups of scales that belong to a token."""
+    width = f.channels & -f.channels
+    return min(width, f.c & -f.c) if f.params and f.t == 1 and f.groups > 1 else width
+
+
+def words(f: Form) -> int:
+    """The most tokens that a row group of 16 words of a plane holds."""
+    return 16 * f.word // min(b for b in (f.low, f.high) if b) if f.kind == INT else 16
+
+
+@lru_cache(maxsize=1024)
+def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
+    """The tiles for `rows` query rows a kv head, or None where `kernels.attend` has to do it."""
+    packed = [f for f in (k, v) if f.kind == INT]
+    if rows > MOST_COLUMNS or dtype not in (torch.float16, torch.bfloat16) or k.sink != v.sink:
+        return None
+    if any(f.word != 16 for f in packed) or min(chunk(k), chunk(v)) < 16 or (v.params and v.t != 1):
+        return None
+    if k.params and k.t == 1 and k.groups > 1 and k.channels % k.c:
+        return None
+    columns = max(8, 1 << (rows - 1).bit_length())
+    spans = {words(k), words(v)}
+    part, warps, stages = 16, 1, 3
+    if len(spans) == 1:
+        if k.kind == v.kind == RAW:
+            part, warps, stages = 32, 2, 2
+        elif k.kind == v.kind == FP8:
+            part, warps, stages = 32, 2, 2
+        elif spans == {32} and (not k.params or k.t == 1 or k.t % 64 == 0):
+            part, warps, stages = 32, 2, 3
+    span = 16 if not packed else max(spans)
+    tile = part if not packed else min(LONGEST_TILE, span * part // 16)
+    if columns > 8 or max(k.channels, v.channels) > 128:
+        warps = max(warps, 2)
+    return Tiles(columns, tile, part, chunk(k), chunk(v), warps, stages)
+
+
+def split_count(t: Tiles, programs: int, tokens: int, multiprocessors: int) -> int:
+    """Splits of the sequence: one wave of programs, and at least two tiles for each."""
+    return max(1, min(multiprocessors * t.resident // programs, tokens // (2 * t.BT)))

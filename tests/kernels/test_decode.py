@@ -1,0 +1,131 @@
+"""The decoding kernel equals the reference for every pair of codecs, shape and mask, before its output is rounded."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvc_compile.kernels import reference
+from kvc_compile.kernels.form import form
+from kvc_compile.lowering import decoding, launch
+
+from .caches import error, filled, keys, layout, values
+from .test_attend import make_mask
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
+
+# keys, values, dtype, Dk, Dv, kv heads, groups, cached, new, mask, splits, sink
+CASES = [
+    ("int4z.64x1", "int4z.1x128", "float16", 128, 128, 1, 4, 300, 1, "none", 1, 4),
+    ("int4z.32x1", "int4z.1x64", "bfloat16", 128, 128, 1, 4, 400, 1, "bool", 2, 4),
+    ("int4z.32x1", "int4z.1x32", "float16", 64, 64, 2, 3, 300, 1, "causal", 2, 4),
+    ("int2z.16x1", "int2z.1x64", "float16", 64, 64, 1, 7, 500, 1, "none", 2, 4),
+    ("int2z.128x1", "int2z.1x128", "bfloat16", 128, 128, 1, 1, 600, 1, "none", 3, 0),
+    ("int8.1x64", "int8.1x64", "float16", 64, 64, 2, 3, 200, 1, "causal", 2, 0),
+    ("int8z.64x1", "int8z.1x128", "float16", 128, 128, 1, 4, 300, 1, "bool", 2, 4),
+    ("int8z.32x1", "int8z.1x32", "bfloat16", 64, 64, 1, 8, 300, 1, "none", 1, 20),
+    ("int3z.32x1", "int3z.1x64", "float16", 64, 64, 1, 2, 600, 1, "none", 2, 4),
+    ("int1z.64x1", "int1z.1x32", "float16", 32, 32, 1, 2, 700, 1, "causal", 2, 4),
+    ("int8z.64x1", "int4z.1x64", "float16", 64, 64, 1, 4, 300, 1, "none", 2, 4),
+    ("int4z.64x1", "int2z.1x64", "bfloat16", 64, 64, 1, 4, 400, 1, "bool", 2, 4),
+    ("int2z.32x1", "int8.1x64", "float16", 64, 64, 1, 4, 400, 1, "none", 2, 4),
+    ("int3z.64x1", "int1z.1x64", "float16", 64, 64, 1, 4, 600, 1, "none", 2, 4),
+    ("int1.64x1", "int3.1x64", "float16", 64, 64, 1, 4, 600, 1, "none", 2, 4),
+    ("raw", "raw", "float16", 64, 64, 1, 4, 200, 1, "bool", 2, 0),
+    ("raw", "raw", "bfloat16", 128, 64, 1, 4, 200, 1, "none", 2, 0),
+    ("raw", "int4z.1x64", "bfloat16", 64, 64, 1, 4, 300, 1, "none", 2, 4),
+    ("int4z.64x1", "raw", "bfloat16", 64, 64, 1, 4, 300, 1, "causal", 2, 4),
+    ("fp8", "fp8", "float16", 64, 64, 1, 4, 200, 1, "none", 2, 0),
+    ("fp8.64x1", "fp8.1x64", "bfloat16", 64, 64, 1, 4, 200, 1, "bool", 2, 4),
+    ("int4z.1x32", "int4z.1x32", "float16", 64, 64, 1, 4, 300, 1, "none", 2, 4),
+    ("int4z.32x8", "int4z.1x64", "float16", 64, 64, 1, 4, 300, 1, "none", 2, 4),
+    # channels that are no power of two, more of them, and keys wider than values
+    ("int4z.64x1", "int4z.1x96", "float16", 96, 96, 1, 2, 300, 1, "none", 2, 4),
+    ("int4z.64x1", "int4z.1x80", "bfloat16", 80, 80, 1, 2, 300, 1, "bool", 2, 4),
+    ("int4z.64x1", "int4z.1x256", "float16", 256, 256, 1, 2, 200, 1, "none", 2, 4),
+    ("int8z.64x1", "int8z.1x128", "bfloat16", 192, 128, 1, 16, 200, 1, "none", 2, 4),
+    # more queries, and masks with something to them
+    ("int4z.64x1", "int4z.1x64", "float16", 64, 64, 2, 4, 300, 5, "causal", 2, 4),
+    ("int4z.64x1", "int4z.1x64", "bfloat16", 64, 64, 1, 2, 300, 7, "bool", 2, 4),
+    ("int2z.64x1", "int2z.1x64", "float16", 64, 64, 1, 4, 400, 3, "add_h", 2, 4),
+    ("int8z.64x1", "int8z.1x64", "float16", 64, 64, 1, 2, 300, 1, "add_inf", 2, 4),
+    ("raw", "raw", "float16", 64, 64, 2, 2, 200, 4, "add", 3, 0),
+    ("int4z.64x1", "int4z.1x64", "float16", 64, 64, 1, 4, 300, 1, "padded", 2, 4),
+    ("int4z.64x1", "int4z.1x64", "float16", 64, 64, 1, 4, 500, 2, "padded_add", 3, 4),
+    # little or nothing in the body
+    ("int4z.64x1", "int4z.1x64", "float16", 64, 64, 1, 4, 40, 1, "none", 2, 4),
+    ("int4z.64x1", "int4z.1x64", "float16", 64, 64, 1, 4, 2, 1, "bool", 1, 4),
+    ("int4z.64x1", "int4z.1x64", "bfloat16", 64, 64, 1, 4, 0, 2, "causal", 1, 4),
+]
+
+
+def window(kind: str, batch: int, heads: int, n: int, cached: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask; "padded" hides the beginning of each row, as left padding does, and what a query must not see."""
+    if not kind.startswith("padded"):
+        return make_mask(kind, batch, heads, n, cached, dtype)
+    seen = torch.ones(batch, 1, n, cached + n + 5, dtype=torch.bool).tril(cached)
+    for row in range(batch):
+        seen[row, ..., : 7 + 70 * row] = False
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) if kind.endswith("add") else seen
+
+
+def difference(device, kl, vl, groups, cached, n, mask, splits, tiles=None, batch=2):
+    """The relative error of the kernel's fp32 output; both caches are filled with fresh random contents."""
+    dtype, heads = kl.dtype, kl.heads
+    kx, vx = keys(batch, heads, cached + n, kl.channels, dtype), values(batch, heads, cached + n, vl.channels, dtype)
+    ka, va = filled(cached, cached + n + 40, kx, kl), filled(cached, cached + n + 40, vx, vl)
+    q = values(batch, heads * groups, n, kl.channels, dtype)
+    new = kx[:, :, cached:], vx[:, :, cached:]
+    rest = (None, mask == "causal", kl.channels**-0.5 / 2, kl, vl)
+    seen = window(mask, batch, heads * groups, n, cached, q.dtype)
+    expected = exact(q, ka, va, new, seen, rest)
+    on_device = [x if x is None else x.to(device) for x in (q, ka, va, *new, seen)]
+    out = torch.full(expected.shape, torch.nan, dtype=torch.float32, device=device)
+    launch.attend(*on_device, *rest, splits=splits, tiles=tiles, out=out)
+    return error(out, expected)
+
+
+def exact(q, ka, va, new, seen, rest):
+    """Attention in float64 over what the arenas hold, decoded."""
+    _, causal, scale, kl, vl = rest
+    length = reference.lengths(reference.views(ka, kl))[0]
+    k = torch.cat([decoded(ka, kl, length), new[0].double()], 2)
+    v = torch.cat([decoded(va, vl, length), new[1].double()], 2)
+    groups, n, total = q.shape[1] // kl.heads, q.shape[2], k.shape[2]
+    s = q.double() @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+    if seen is not None:
+        seen = seen[..., :total]
+        s = s.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else s + seen.double()
+    elif causal:
+        s = s.masked_fill(~torch.ones(n, total, dtype=torch.bool).tril(total - n), -torch.inf)
+    return torch.softmax(s, -1).nan_to_num(0.0) @ v.repeat_interleave(groups, 1)
+
+
+def decoded(data, layout, length):
+    """The tokens of an arena in float64, not rounded to the model's dtype."""
+    v = reference.views(data, layout)
+    _, encoded = reference.lengths(v)
+    exact = reference.read(data, layout, 0, length).double()
+    if encoded:
+        unit = -(-encoded // layout.unit) * layout.unit
+        planes, params = reference.body_slices(v, layout, 0, unit)
+        body = reference.decode_body(planes, params, replace(layout, dtype="float32")).double()[:, :, :encoded]
+        exact[:, :, layout.sink : layout.sink + encoded] = body
+    return exact
+
+
+def tolerance(*layouts):
+    """16-bit operands are rounded as any attention in that dtype rounds them; codes are exact."""
+    if any(form.codec.kind == "raw" and form.dtype == "bfloat16" for form in layouts):
+        return 4e-3
+    return 2e-3 if min(form.codec.bits for form in layouts) < 4 else 1e-3
+
+
+@pytest.mark.parametrize("k, v, dtype, dk, dv, heads, groups, cached, n, mask, splits, sink", CASES)
+def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, groups, cached, n, mask, splits, sink):
+    kl, vl = layout(k, heads, dk, dtype, 16, sink), layout(v, heads, dv, dtype, 16, sink, recent=30)
+    assert decoding.tiles(form(kl), form(vl), n * groups, getattr(torch, dtype)) is not None
+    assert difference(device, kl, vl, groups, cached, n, mask, splits) < tolerance(kl, vl)
