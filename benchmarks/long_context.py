@@ -34,7 +34,7 @@ def build_model(layers: int):
 
 
 @torch.no_grad()
-def run(spec: str, tokens: int, batch: int, prompt: int, steps: int, layers: int) -> dict:
+def run(spec: str, tokens: int, batch: int, prompt: int, steps: int, layers: int, profile: bool = False) -> dict:
     from torch._dynamo.utils import counters
     from transformers import StaticCache
 
@@ -77,11 +77,23 @@ def run(spec: str, tokens: int, batch: int, prompt: int, steps: int, layers: int
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }  # fmt: skip
+    if profile:
+        out["kernels"] = kernel_times(lambda: step(input_ids=token, past_key_values=cache, logits_to_keep=1))
     if spec != "none":
         from kvc_compile.handle import held
 
         out["cache_bytes"] = sum(held().values())
     return out
+
+
+def kernel_times(step, most: int = 25) -> dict[str, list[float]]:
+    """The kernels of one step that take longest: calls and microseconds in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        torch.compiler.cudagraph_mark_step_begin()
+        step()
+        torch.cuda.synchronize()
+    rows = sorted(seen.key_averages(), key=lambda e: -e.device_time_total)[:most]
+    return {e.key[:80]: [e.count, round(e.device_time_total, 1)] for e in rows}
 
 
 def main() -> None:
@@ -92,11 +104,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--profile", action="store_true", help="the kernels of one step, by time")
     parser.add_argument("--all", action="store_true", help="the baseline and the spec, each in its own process")
     args = parser.parse_args()
     settings = [f"--{k}={getattr(args, k)}" for k in ("tokens", "batch", "prompt", "steps", "layers")]
     if not args.all:
-        print(json.dumps(run(args.spec, args.tokens, args.batch, args.prompt, args.steps, args.layers)))
+        print(json.dumps(run(args.spec, args.tokens, args.batch, args.prompt, args.steps, args.layers, args.profile)))
         return
     rows = {}
     for spec in ("none", args.spec):

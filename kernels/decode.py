@@ -11,12 +11,12 @@ The semantics and the symbols are those of `kernels.attend`. What differs is the
 
     SPAN        tokens that a row group of 16 words of a plane holds
     BT          tokens of a body tile, which begins at body token BT * tile
-    TP, J       tokens of a part of it, one operand of the tensor core; J = BT / TP parts. Part j is field j of the words
+    TP, J       tokens of a part of it, one operand of the tensor core; J = BT / TP parts. Part j is field j of words
     CK, CV      channels of a chunk of keys and of values: a power of two that divides D and every channel group
     MIX         tokens of a tile of what is not body: sinks, ring, new tokens, and body tokens next to those
 
-A split takes a share of the body tiles, which are whole, visible and without a mask, and every S-th of the others, which
-are decoded token by token. Where a mask has holes or adds something, body tiles read it.
+A split takes a share of the body tiles, which are whole and visible to all queries, and every S-th of the MIX tiles.
+Body tiles read the mask only where it has holes or adds something.
 
 `bounds` int32 [b, h, n, 3] sums up a mask (`lowering.bounds`): the first position that a query sees, one past the last,
 and whether it sees all between them with nothing added.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvc_compile.kernels.attend import ADDED_MASK, BOOL_MASK, LOG2E, NO_MASK, cache_lengths
+from kvc_compile.kernels.attend import BOOL_MASK, LOG2E, NO_MASK, cache_lengths
 from kvc_compile.kernels.codec import (
     FP8,
     INT,
@@ -80,7 +80,7 @@ def block_of(f, at):
 
 @triton.constexpr_function
 def biased(f):
-    """Whether keys stay biased: what the bias adds to a score is known from the queries, cheaper than to subtract it."""
+    """Whether keys stay biased: what that adds to a score follows from the queries, cheaper than to subtract it."""
     return f.params > 0 and f.t >= 64 and f.kind == INT.value and f.low <= 2 and not f.high
 
 
@@ -197,13 +197,17 @@ def body_tile(
     for a in tl.static_range(KC):
         k_low = k_low + (load_plane(k_arena, h, NK, tile, a * CK + ck, K.low, 0, BT, TP, False, ELEMENT, ASM, K),)
         if K.high > 0:
-            k_high = k_high + (load_plane(k_arena, h, NK, tile, a * CK + ck, K.high, K.low, BT, TP, False, ELEMENT, ASM, K),)
+            k_high = k_high + (
+                load_plane(k_arena, h, NK, tile, a * CK + ck, K.high, K.low, BT, TP, False, ELEMENT, ASM, K),
+            )
         else:
             k_high = k_high + (0,)
     for a in tl.static_range(VC):
         v_low = v_low + (load_plane(v_arena, h, NV, tile, a * CV + cv, V.low, 0, BT, TP, True, ELEMENT, ASM, V),)
         if V.high > 0:
-            v_high = v_high + (load_plane(v_arena, h, NV, tile, a * CV + cv, V.high, V.low, BT, TP, True, ELEMENT, ASM, V),)
+            v_high = v_high + (
+                load_plane(v_arena, h, NV, tile, a * CV + cv, V.high, V.low, BT, TP, True, ELEMENT, ASM, V),
+            )
         else:
             v_high = v_high + (0,)
     if K.params > 0:
@@ -361,6 +365,8 @@ def load_mixed(
                 start = plane_pointer(arena, h, N, F.low, 0, F)
                 byte = tl.load(start + (i * F.channels)[:, None] + c[None, :], mask=body[:, None], other=0)
                 y = byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+                if F.params == 0:
+                    y = y * SHRINK
             x += y * body.to(tl.float16)[:, None]  # a selection; one of the two is 0
         return x
 
@@ -408,9 +414,17 @@ def mixed_tile(
     ck, cv = tl.arange(0, CK), tl.arange(0, CV)
     k, v = (), ()
     for a in tl.static_range(KC):
-        k = k + (load_mixed(k_arena, k_new, k_stride, h, NK, length, k_encoded, total, p0, a * CK + ck, MIX, WIDE, SHRINK, ASM, K),)
+        k = k + (
+            load_mixed(
+                k_arena, k_new, k_stride, h, NK, length, k_encoded, total, p0, a * CK + ck, MIX, WIDE, SHRINK, ASM, K
+            ),
+        )
     for a in tl.static_range(VC):
-        v = v + (load_mixed(v_arena, v_new, v_stride, h, NV, length, v_encoded, total, p0, a * CV + cv, MIX, WIDE, 1.0, ASM, V),)
+        v = v + (
+            load_mixed(
+                v_arena, v_new, v_stride, h, NV, length, v_encoded, total, p0, a * CV + cv, MIX, WIDE, 1.0, ASM, V
+            ),
+        )
 
     s = tl.zeros([MIX, BM], tl.float32)
     if by_token(K):
@@ -423,10 +437,10 @@ def mixed_tile(
     else:
         less = tl.zeros([BM], tl.float32)
         scaled = q
-        at = p0 + ck * 0
-        real = (at + MIX > K.sink) & (at < K.sink + k_encoded)
         if K.params > 0:
             # a block of keys covers the tile, so that all of it is encoded, or nothing
+            at = p0 + ck * 0
+            real = (at + MIX > K.sink) & (at < K.sink + k_encoded)
             start = params_pointer(k_arena, h, NK, K)
             scaled = ()
             for a in tl.static_range(KC):
@@ -438,13 +452,12 @@ def mixed_tile(
                     scale = tl.load(typed(start, tl.float16) + cell, mask=real, other=0.0)
                 scale = tl.where(real, scale, 1.0 / SHRINK)
                 scaled = scaled + (q[a] * scale[:, None],)
-        elif SHRINK != 1.0:
-            scaled = ()
-            for a in tl.static_range(KC):
-                scaled = scaled + (q[a] * tl.where(real, 1.0, 1.0 / SHRINK).to(tl.float16)[:, None],)
         for a in tl.static_range(KC):
             s = tl.dot(k[a], scaled[a], s)
-        s += less[None, :]
+        if K.params > 0:
+            s += less[None, :]
+        else:
+            s = s * (1.0 / SHRINK)
     s = s * factor[None, :]
     p = p0 + tl.arange(0, MIX)
     seen = ((p >= 0) & (p < total))[:, None] & live[None, :]
@@ -614,11 +627,9 @@ def decode_split(
             o += (mixed_sides[a * CV // V.c] * decay + tl.sum(sides[a * CV // V.c], 0))[None, :]
         o = tl.where(nothing[None, :], 0.0, o * unit[None, :]) + bad
         c = a * CV + cv
-        if DIRECT:
-            at = out + (row + g * n + i)[None, :] * V.channels + c[:, None]
-            tl.store(at, o.to(out.dtype.element_ty), mask=live[None, :])
-        else:
-            tl.store(out + slot[None, :] * V.channels + c[:, None], o, mask=live[None, :])
+        at = (row + g * n + i) if DIRECT else slot
+        at = out + at[:, None] * V.channels + c[None, :]
+        tl.store(at, tl.trans(o).to(out.dtype.element_ty), mask=live[:, None])
     if not DIRECT:
         weight = tl.where(nothing, float("-inf"), m / LOG2E + tl.log(tl.where(nothing, 1.0, total_mass)))
         tl.store(lse + slot, tl.where(fault, 0.0, weight), mask=live)

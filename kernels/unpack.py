@@ -86,7 +86,7 @@ def field(word, j: tl.constexpr, BITS: tl.constexpr, WEIGHT: tl.constexpr, BIASE
 
 @triton.jit
 def shifted(word, bits, ASM: tl.constexpr):
-    """uint16 words, `bits` (0 .. 15, a scalar) to the right; the bits above those that a field may have are arbitrary."""
+    """uint16 words, `bits` (0 .. 15, a scalar) to the right; what comes in at the top is arbitrary."""
     if ASM:
         amount = tl.full(word.shape, bits, tl.int32)
         return tl.inline_asm_elementwise(

@@ -9,8 +9,9 @@ from kvc_compile.kernels.reference import HIDDEN
 
 
 def bounds(mask: Tensor) -> Tensor:
-    """int32 [b, h, n, 3] of a mask [b, h, n, W]: the first position that a query sees, one past the last, and 1 if it
-    sees all between them with nothing added."""
+    """int32 [b, h, n, 3] of a mask [b, h, n, W] (or of fewer dimensions): the first position that a query sees, one
+    past the last, and 1 if it sees all between them with nothing added."""
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     seen = mask if mask.dtype == torch.bool else mask > HIDDEN
     clear = seen if mask.dtype == torch.bool else mask == 0
     p = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)

@@ -58,9 +58,7 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
     if len(spans) == 1:
         if k.kind == v.kind == RAW:
             part, warps, stages = 32, 2, 2
-        elif k.kind == v.kind == FP8:
-            part, warps, stages = 32, 2, 2
-        elif spans == {32} and (not k.params or k.t == 1 or k.t % 64 == 0):
+        elif k.kind == v.kind == FP8 or (spans == {32} and (not k.params or k.t == 1 or k.t % 64 == 0)):
             part, warps, stages = 32, 2, 3
     span = 16 if not packed else max(spans)
     tile = part if not packed else min(LONGEST_TILE, span * part // 16)

@@ -21,7 +21,8 @@ from kvc_compile.kernels import decode as D
 from kvc_compile.kernels import read as R
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
-from kvc_compile.lowering import bounds, decoding
+from kvc_compile.lowering import decoding
+from kvc_compile.lowering.bounds import bounds as bounds_of
 
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MERGE = 128  # splits that `merge` takes at a time, at most
@@ -85,11 +86,13 @@ def attend(
     splits: int | None = None,
     tiles: decoding.Tiles | None = None,
     out: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Attention of the new queries over the cache and the new tokens: see `kernels.reference.attend`.
 
     splits, tiles: into how many parts the sequence is divided, and the sizes of the decoding kernel; chosen from the
-    shapes and the device unless given. out: where to write, fp32 or q's dtype.
+    shapes and the device unless given. out: where to write, fp32 or q's dtype. bounds: those of the mask, computed if
+    they are needed and not given.
     """
     batch, heads, n, _ = q.shape
     k_form, v_form = form(k_layout), form(v_layout)
@@ -104,7 +107,8 @@ def attend(
     if mask is not None:
         kind = T.BOOL_MASK if mask.dtype == torch.bool else T.ADDED_MASK
         view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        seen = bounds.bounds(mask) if tiles else q
+        if tiles:
+            seen = (bounds_of(mask) if bounds is None else bounds).expand(-1, -1, n, -1)
 
     bm, bn, warps = tile_sizes(n * groups, max(k_form.channels, v_form.channels), q.element_size())
     blocks = 1 if tiles else triton.cdiv(n * groups, bm)
@@ -126,9 +130,10 @@ def attend(
         *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
         *([0] * 4 if mask is None else mask_strides(mask)),
     )  # fmt: skip
-    variant = dict(
-        G=groups, MASK=kind.value, CAUSAL=causal, PLACED=positions is not None, DIRECT=splits == 1, K=k_form, V=v_form
-    )
+    variant = {
+        "G": groups, "MASK": kind.value, "CAUSAL": causal, "PLACED": positions is not None, "DIRECT": splits == 1,
+        "K": k_form, "V": v_form,
+    }  # fmt: skip
     interpreted_bf16 = interpreted() and q.dtype == torch.bfloat16  # the interpreter computes bf16 wrongly
     with on(q.device):
         if tiles:

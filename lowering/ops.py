@@ -146,16 +146,20 @@ def attend(
     scale: float,
     k_layout: str,
     v_layout: str,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q [B, query heads, n, Dk] over the cache and the new tokens; see `kernels.reference.attend`."""
+    """Attention of q [B, query heads, n, Dk] over the cache and the new tokens; see `kernels.reference.attend`.
+
+    bounds: what `lowering.bounds` says of the mask, where the graph has it already.
+    """
     k, v = Layout.parse(k_layout), Layout.parse(v_layout)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, q.shape[2], -1)
         mask = mask.float() if mask.dtype == torch.float64 else mask
-    run = _kernels().attend if q.is_cuda else cpu.attend
-    return run(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v)
+    args = q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v
+    return _kernels().attend(*args, bounds=bounds) if q.is_cuda else cpu.attend(*args)
 
 
 @shapes(attend)
-def _(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout, v_layout):
+def _(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout, v_layout, bounds=None):
     return q.new_empty((*q.shape[:-1], v_new.shape[-1]))

@@ -30,6 +30,8 @@ from torch.fx import Graph, GraphModule, Node
 from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
+from kvc_compile.lowering.bounds import bounds
+from kvc_compile.lowering.decoding import MOST_COLUMNS
 from kvc_compile.passes.alias import Writers, leads_to
 from kvc_compile.passes.caches import Buffer, Concat, Span, born_sizes, consecutive, kind, read_sizes, size_value
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
@@ -91,6 +93,14 @@ class Rewritten:
         return any(o.arena >= 0 for o in self.outputs)
 
 
+def decodes(q: Node, x: Node) -> bool:
+    """Whether attention of the queries q, n of them, may go to the decoding kernel, which reads the mask's bounds."""
+    v, heads = value(q), shape(x)[1]  # type: ignore[index]
+    n = v.shape[2]
+    few = isinstance(n, int) and n * v.shape[1] <= MOST_COLUMNS * heads
+    return v.is_cuda and v.dtype in (torch.float16, torch.bfloat16) and few
+
+
 def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
     """Rewrite the matched sites of `gm` in place, as planned."""
     graph = gm.graph
@@ -119,6 +129,7 @@ class _Rewrite:
         self.arenas: dict[Node, Node] = {}  # cache tensor -> arena
         self.last_read: dict[Node, Node] = {}
         self.reads: dict[Node, list[Node]] = {}  # cache tensor -> operators that read its arena
+        self.bounds: dict[Node, Node] = {}  # mask -> what it comes down to
         self.checked: set[tuple[Node | None, Node]] = set()
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
@@ -166,7 +177,11 @@ class _Rewrite:
             if positions is not None and value(a.q).is_cuda and (a.mask, positions) not in self.checked:
                 self.checked.add((a.mask, positions))
                 self.call(checks.check_positions, a.mask, positions, m.key.consecutive, like=a.node)  # type: ignore[union-attr]
-            args = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, p.key.key, p.value.key)
+            args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, p.key.key, p.value.key)
+            if a.mask is not None and decodes(a.q, m.key.x):
+                if a.mask not in self.bounds:
+                    self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
+                args += (self.bounds[a.mask],)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
         self.rest(m, p, new)
 
