@@ -202,8 +202,15 @@ def attend_split(
 
 
 @triton.jit(do_not_specialize=["n", "S"])
-def merge(parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, DC: tl.constexpr):
-    """out = sum_S exp(lse_S - lse) o_S, BS splits at a time. Program: (query row, DC of D channels)."""
+def merge(
+    parts, lse, out, n, S, G: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, DC: tl.constexpr, EARLY: tl.constexpr
+):
+    """out = sum_S exp(lse_S - lse) o_S, BS splits at a time. Program: (query row, DC of D channels).
+
+    EARLY: it may start before the kernel that writes the parts has ended, and waits for that.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)  # (batch row and kv head) * n * G + i * G + g
     rows = tl.num_programs(0).to(tl.int64)
     d = tl.program_id(1) * DC + tl.arange(0, DC)

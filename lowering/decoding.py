@@ -54,19 +54,35 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
         return None
     columns = max(8, 1 << (rows - 1).bit_length())
     spans = {words(k), words(v)}
-    part, warps, stages = 16, 1, 3
+    part, warps, stages, widest = 16, 1, 3, 128
     if len(spans) == 1:
+        aligned = not k.params or k.t == 1 or k.t % 64 == 0
         if k.kind == v.kind == RAW:
             part, warps, stages = 32, 2, 2
-        elif k.kind == v.kind == FP8 or (spans == {32} and (not k.params or k.t == 1 or k.t % 64 == 0)):
-            part, warps, stages = 32, 2, 3
+        elif k.kind == v.kind == FP8 or (spans == {32} and aligned):
+            part, warps = 32, 2
+    if max(spans) > 32:  # registers: unpacked words of narrower chunks live at a time
+        widest = 64 if max(spans) == 64 else 32
+        stages = 3 if max(spans) == 64 else 2
     span = 16 if not packed else max(spans)
     tile = part if not packed else min(LONGEST_TILE, span * part // 16)
     if columns > 8 or max(k.channels, v.channels) > 128:
         warps = max(warps, 2)
-    return Tiles(columns, tile, part, chunk(k), chunk(v), warps, stages)
+    return Tiles(columns, tile, part, min(chunk(k), widest), min(chunk(v), widest), warps, stages)
 
 
 def split_count(t: Tiles, programs: int, tokens: int, multiprocessors: int) -> int:
-    """Splits of the sequence: one wave of programs, and at least two tiles for each."""
-    return max(1, min(multiprocessors * t.resident // programs, tokens // (2 * t.BT)))
+    """Splits of the sequence: one wave of programs, and a tile for each."""
+    return max(1, min(multiprocessors * t.resident // programs, tokens // t.BT))
+
+
+def apart(t: Tiles, splits: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """(S1, S2): which splits take body tiles, and which the others.
+
+    Where there is room for more programs than one wave has, some take nothing but the others, so that no program waits
+    for both. A full wave shares them.
+    """
+    if splits < 8 or splits * programs > multiprocessors * t.resident * 3 // 4:
+        return splits, 0
+    few = max(1, splits // 8)
+    return splits - few, splits - few

@@ -40,6 +40,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel can start before the one it waits for has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def on(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
@@ -125,7 +131,7 @@ def attend(
         lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     place = q if positions is None else positions
     sizes = (
-        n, splits, k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
+        k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
         k_data.stride(0), v_data.stride(0), 0 if mask is None else mask.shape[3],
         *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
         *([0] * 4 if mask is None else mask_strides(mask)),
@@ -135,17 +141,20 @@ def attend(
         "K": k_form, "V": v_form,
     }  # fmt: skip
     interpreted_bf16 = interpreted() and q.dtype == torch.bfloat16  # the interpreter computes bf16 wrongly
+    early = tiles is not None and splits > 1 and launches_early(q.device)
     with on(q.device):
         if tiles:
+            apart = decoding.apart(tiles, splits, programs, multiprocessors(q.device))
             D.decode_split[splits, programs](
-                q, k_new, v_new, view, seen, place, parts, lse, k_data, v_data, scale, *sizes,
+                q, k_new, v_new, view, seen, place, parts, lse, k_data, v_data, scale, n, splits, *apart, *sizes,
                 *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
                 BM=tiles.BM, BT=tiles.BT, TP=tiles.TP, MIX=16, CK=tiles.CK, CV=tiles.CV, STAGES=tiles.stages,
-                WIDE=tl.float32 if interpreted_bf16 else DOT[q.dtype], ASM=not interpreted(), num_warps=tiles.warps,
+                WIDE=tl.float32 if interpreted_bf16 else DOT[q.dtype], ASM=not interpreted(), EARLY=early,
+                num_warps=tiles.warps,
             )  # fmt: skip
         else:
             T.attend_split[blocks, batch * k_form.heads, splits](
-                q, k_new, v_new, view, place, parts, lse, k_data, v_data, scale, *sizes, **variant,
+                q, k_new, v_new, view, place, parts, lse, k_data, v_data, scale, n, splits, *sizes, **variant,
                 CHUNK=n >= bn, BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
                 DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=warps,
             )  # fmt: skip
@@ -153,8 +162,8 @@ def attend(
             together = min(MERGE, max(16, triton.next_power_of_2(splits)))
             wide = pad(v_form.channels) if rows >= MANY_ROWS else 32
             T.merge[rows, triton.cdiv(v_form.channels, wide)](
-                parts, lse, out, n, splits, G=groups, BS=together, D=v_form.channels, DC=wide,
-                num_warps=4 if together * wide >= 4096 else 2,
+                parts, lse, out, n, splits, G=groups, BS=together, D=v_form.channels, DC=wide, EARLY=early,
+                **({"launch_pdl": True} if early else {}), num_warps=4 if together * wide >= 4096 else 2,
             )  # fmt: skip
     return out
 

@@ -174,16 +174,25 @@ class _Rewrite:
                 }
                 self.rest(m, p, new)
                 return
-            if positions is not None and value(a.q).is_cuda and (a.mask, positions) not in self.checked:
-                self.checked.add((a.mask, positions))
-                self.call(checks.check_positions, a.mask, positions, m.key.consecutive, like=a.node)  # type: ignore[union-attr]
-            args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, p.key.key, p.value.key)
+            layouts = p.key.key, p.value.key
+            args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, *layouts)
             if a.mask is not None and decodes(a.q, m.key.x):
                 if a.mask not in self.bounds:
                     self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
                 args += (self.bounds[a.mask],)
+            self.check(a.q, a.mask, m.key)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
         self.rest(m, p, new)
+
+    def check(self, q: Node, mask: Node | None, key: Buffer | Concat) -> None:
+        """Assert on a GPU what an operator there cannot raise. The decoding kernel checks a mask by itself."""
+        if not isinstance(key, Buffer) or key.positions is None or not value(q).is_cuda:
+            return
+        one = key.consecutive or shape(key.x)[2] == 1  # type: ignore[index]
+        if ((mask is None or mask in self.bounds) and one) or (mask, key.positions) in self.checked:
+            return
+        self.checked.add((mask, key.positions))
+        self.call(checks.check_positions, mask, key.positions, key.consecutive, like=q)
 
     def placed(self, c: Buffer | Concat) -> Buffer | Concat:
         """A buffer whose positions are a node."""
