@@ -161,7 +161,7 @@ def decode_split(
         for a in tl.static_range(GROUPS):
             middles = middles + (tl.sum(sides[a], 0),)
     turns = tl.where(split < S2, 0, f0 - m0 + m1 - f1)
-    for turn in tl.range(split - S2, turns, S - S2, num_stages=1):
+    for turn in tl.range(tl.maximum(split - S2, 0), turns, S - S2, num_stages=1):
         tile = m0 + turn
         tile = tl.where(tile < f0, tile, tile - f0 + f1)
         m, mass, middles, acc = mixed_tile(

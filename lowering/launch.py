@@ -72,6 +72,14 @@ def inner_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, each row of which begins at a multiple of 16 bytes: the decoding kernel reads rows in such pieces."""
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1]) if size > 1]
+    if x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def mask_strides(mask: Tensor) -> list[int]:
     """Strides of a mask [b, h, n, W], 0 where it broadcasts."""
     return [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride())] + [mask.stride(3)]
@@ -110,18 +118,21 @@ def attend(
     v_new = inner_contiguous(v_new, getattr(torch, v_layout.dtype))
     kind, view, seen = T.NO_MASK, q, q
     tiles = tiles or decoding.tiles(k_form, v_form, n * groups, q.dtype)
+    if tiles is not None:
+        k_new, v_new = aligned(k_new), aligned(v_new)
     if mask is not None:
         kind = T.BOOL_MASK if mask.dtype == torch.bool else T.ADDED_MASK
         view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        if tiles:
+        if tiles is not None:
             seen = (bounds_of(mask) if bounds is None else bounds).expand(-1, -1, n, -1)
 
     bm, bn, warps = tile_sizes(n * groups, max(k_form.channels, v_form.channels), q.element_size())
     blocks = 1 if tiles else triton.cdiv(n * groups, bm)
     programs = blocks * batch * k_form.heads
     room = v_layout.capacity_of(v_data.shape[1]) + v_form.sink + v_form.recent + n
+    others = decoding.other_tiles(k_form, v_form)
     if splits is None and tiles:
-        splits = decoding.split_count(tiles, programs, room, multiprocessors(q.device))
+        splits = decoding.split_count(tiles, others, programs, room, multiprocessors(q.device))
     splits = splits or split_count(programs, room, bn, q.device)
     rows = batch * heads * n
     if splits == 1:
@@ -144,7 +155,7 @@ def attend(
     early = tiles is not None and splits > 1 and launches_early(q.device)
     with on(q.device):
         if tiles:
-            apart = decoding.apart(tiles, splits, programs, multiprocessors(q.device))
+            apart = decoding.apart(tiles, others, splits, room)
             D.decode_split[splits, programs](
                 q, k_new, v_new, view, seen, place, parts, lse, k_data, v_data, scale, n, splits, *apart, *sizes,
                 *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
@@ -176,16 +187,9 @@ def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tenso
     bn = 32
     with on(data.device):
         R.read_tokens[triton.cdiv(tokens, bn), batch * f.heads](
-            data,
-            out,
-            data.stride(0),
-            layout.capacity_of(data.shape[1]),
-            tokens,
-            LAST=last,
-            BN=bn,
-            DP=pad(f.channels),
-            F=f,
-        )
+            data, out, data.stride(0), layout.capacity_of(data.shape[1]), tokens,
+            LAST=last, BN=bn, DP=pad(f.channels), F=f,
+        )  # fmt: skip
     return out
 
 

@@ -128,3 +128,23 @@ def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, group
     kl, vl = layout(k, heads, dk, dtype, 16, sink), layout(v, heads, dv, dtype, 16, sink, recent=30)
     assert decoding.tiles(form(kl), form(vl), n * groups, getattr(torch, dtype)) is not None
     assert difference(device, kl, vl, groups, cached, n, mask, splits) < tolerance(kl, vl)
+
+
+@pytest.mark.parametrize("splits, first, last", [(9, 9, 0), (9, 8, 8), (12, 5, 5), (12, 10, 3)])
+def test_splits_that_take_a_part_of_the_work(device, monkeypatch, splits, first, last):
+    """Some splits take body tiles only, or none; whatever is left takes the other tokens."""
+    monkeypatch.setattr(decoding, "apart", lambda *_: (first, last))
+    kl, vl = layout("int4z.32x1", 1, 64, "float16", 16), layout("int4z.1x64", 1, 64, "float16", 16, recent=30)
+    assert difference(device, kl, vl, 4, 700, 1, "bool", splits) < 1e-3
+
+
+def test_new_tokens_at_any_address(device):
+    """Rows of new tokens that do not begin at a multiple of 16 bytes."""
+    kl, vl = layout("int4z.32x1", 2, 64, "float16", 16), layout("int4z.1x64", 2, 64, "float16", 16, recent=30)
+    kx, vx = keys(1, 2, 201, 64, "float16"), values(1, 2, 201, 64, "float16")
+    ka, va = filled(200, 240, kx, kl), filled(200, 240, vx, vl)
+    q = values(1, 4, 1, 64, "float16")
+    shifted = [torch.nn.functional.pad(x[:, :, 200:], (1, 2)).to(device)[..., 1:-2] for x in (kx, vx)]
+    rest = (None, True, 0.2, kl, vl)
+    out = launch.attend(q.to(device), ka.to(device), va.to(device), *shifted, None, *rest, splits=2)
+    assert error(out, exact(q, ka, va, (kx[:, :, 200:], vx[:, :, 200:]), None, rest)) < 1e-3
