@@ -163,15 +163,16 @@ def test_accuracy_at_every_length(bits, dtype, kind, record_property):
     for length in (64, 4096, 131072):
         kl = layout(f"int{bits}z.64x1", heads, d, dtype, 16)
         vl = layout(f"int{bits}z.1x128", heads, d, dtype, 16)
-        kx = torch.randn(1, heads, length, d, device="cuda") + 3 * torch.linspace(-1, 1, d, device="cuda")
+        kx = torch.randn(1, heads, length + 1, d, device="cuda") + 3 * torch.linspace(-1, 1, d, device="cuda")
         if kind == "outliers":
-            kx[..., ::32] += 1000.0
+            kx[..., ::32] = 1000 + 30 * kx[..., ::32]
         kx = kx.to(getattr(torch, dtype))
+        kx, kn = kx[:, :, :-1].contiguous(), kx[:, :, -1:].contiguous()
         vx = torch.randn(1, heads, length, d, device="cuda").to(kx.dtype)
         ka, va = reference.empty(1, length, kl, "cuda"), reference.empty(1, length, vl, "cuda")
         launch.append(ka, kx, kl, None)
         launch.append(va, vx, vl, None)
-        q, kn, vn = (torch.randn(1, h, 1, d, device="cuda").to(kx.dtype) for h in (4 * heads, heads, heads))
+        q, vn = (torch.randn(1, h, 1, d, device="cuda").to(kx.dtype) for h in (4 * heads, heads))
         scale = d**-0.5 * (4 if kind == "peaked" else 1 / 8)
         expected = exact(q, ka, va, (kn, vn), None, (None, True, scale, kl, vl))
         for splits in (1, 2, 8, 64, None):
