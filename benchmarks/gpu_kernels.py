@@ -172,8 +172,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--dtypes", default="float16,bfloat16")
+    parser.add_argument(
+        "--warm", action="store_true", help="only compile: several such processes side by side save time"
+    )
     parser.add_argument("--out", type=Path, help="a file for the rows as JSON")
     args = parser.parse_args()
+    if args.warm:
+        for shape in args.shapes.split(","):
+            for dtype in args.dtypes.split(","):
+                query_heads, heads, channels = MODELS[shape.split(":")[0]]
+                q = torch.randn(1, query_heads, 1, channels, dtype=getattr(torch, dtype), device="cuda")
+                k = torch.randn(1, heads, 1024, channels, dtype=q.dtype, device="cuda")
+                for name in FORMATS:
+                    attend_time(q, k, k, name)
+        return
     results: dict = {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
     run(results, tuple(args.shapes.split(",")), tuple(args.dtypes.split(",")))
     if args.out:

@@ -57,21 +57,22 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
         return None
     columns = max(8, 1 << (rows - 1).bit_length())
     spans = {words(k), words(v)}
-    part, warps, stages, widest = 16, 1, 3, 128
+    part, warps, stages, widest = 16, 1, 3, (128, 128)
     if len(spans) == 1:
         aligned = not k.params or k.t == 1 or k.t % 64 == 0
         if k.kind == v.kind == RAW:
             part, warps, stages = 32, 2, 2
         elif k.kind == v.kind == FP8 or (spans == {32} and aligned):
             part, warps = 32, 2
-    if max(spans) > 32:  # registers: unpacked words of narrower chunks live at a time
-        widest = 64 if max(spans) == 64 else 32
-        stages = 3 if max(spans) == 64 else 2
+    if max(spans) == 64:  # registers: all unpacked words of a chunk live at a time
+        widest = 64, 64
+    elif max(spans) > 64:
+        widest, stages = (64, 32), 2
     span = 16 if not packed else max(spans)
     tile = part if not packed else min(LONGEST_TILE, span * part // 16)
     if columns > 8 or max(k.channels, v.channels) > 128:
         warps = max(warps, 2)
-    return Tiles(columns, tile, part, min(chunk(k), widest), min(chunk(v), widest), warps, stages)
+    return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages)
 
 
 def other_tiles(k: Form, v: Form) -> int:
