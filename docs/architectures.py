@@ -6,7 +6,8 @@
     python docs/architectures.py --json rows.jsonl --resume     # goes on where an earlier run with this file ended
 
 A tiny random model runs untouched and compiled with the lossless spec, prefill and decode steps, fed the same tokens;
-all logits are compared. The rewritten graphs run without Inductor, since what is looked at is the rewrite.
+all logits are compared. The rewritten graphs run without Inductor, since what is looked at is the rewrite; --inductor
+compiles them, too.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def said(e: BaseException) -> Row:
 # ---------------------------------------------------------------- all of them
 
 
-def measure_all(names: Iterable[str], modes: Iterable[str], log: Path, jobs: int) -> None:
+def measure_all(names: Iterable[str], modes: Iterable[str], log: Path, jobs: int, inductor: bool) -> None:
     """A process for each row, so that a crash or a hang costs that row only. Rows that `log` has already are kept."""
     known = {(r["name"], r["mode"]) for r in read(log)}
     todo = [(n, m) for n in names for m in modes if (n, m) not in known][::-1]
@@ -151,7 +152,7 @@ def measure_all(names: Iterable[str], modes: Iterable[str], log: Path, jobs: int
     with log.open("a") as f:
         while todo or running:
             while todo and len(running) < jobs:
-                started = Running(*todo.pop())
+                started = Running(*todo.pop(), inductor)
                 running[started.pipe] = started
             for pipe in wait(list(running), timeout=1):
                 row = running.pop(pipe).end()  # type: ignore[call-overload]
@@ -164,11 +165,11 @@ def measure_all(names: Iterable[str], modes: Iterable[str], log: Path, jobs: int
 class Running:
     """A process that measures one row."""
 
-    def __init__(self, name: str, mode: str):
+    def __init__(self, name: str, mode: str, inductor: bool):
         self.name, self.mode = name, mode
         context = multiprocessing.get_context("fork")  # torch and transformers are imported already
         self.pipe, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, args=(theirs, name, mode))
+        self.process = context.Process(target=work, args=(theirs, name, mode, inductor))
         self.deadline = time.monotonic() + TIMEOUT
         self.process.start()
         theirs.close()
@@ -185,12 +186,13 @@ class Running:
         return {"name": self.name, "mode": self.mode, **row}
 
 
-def work(pipe: Any, name: str, mode: str) -> None:
+def work(pipe: Any, name: str, mode: str, inductor: bool) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
-    backend.lower = lambda gm, inputs, request, births: gm.forward  # type: ignore[assignment]
+    if not inductor:
+        backend.lower = lambda gm, inputs, request, births: gm.forward  # type: ignore[assignment]
     pipe.send(measure(name, mode))
 
 
@@ -327,7 +329,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="JSON lines, one for each row, written as they come")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has")
+    parser.add_argument("--inductor", action="store_true", help="compile what is rewritten, too: much slower")
     args = parser.parse_args()
+    if args.inductor and args.out == str(OUT):
+        parser.error("--inductor needs an --out of its own: the table in docs/ is made without")
     modes = args.modes.split(",")
     names = args.names or architectures()
     if unknown := sorted(set(names) - set(architectures())) + sorted(set(modes) - set(MODES)):
@@ -336,7 +341,7 @@ def main() -> None:
         log = args.json or Path(folder, "rows.jsonl")
         if not args.resume:
             log.unlink(missing_ok=True)
-        measure_all(names, modes, log, args.jobs)
+        measure_all(names, modes, log, args.jobs, args.inductor)
         rows = [r for r in read(log) if r["name"] in names and r["mode"] in modes]
     text = page(rows, modes)
     if args.out == "-":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from kvc_compile.analyse import analyse
@@ -44,8 +45,16 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
         value(p) if n in changed else x
         for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     ]
-    lowered = lower(gm, inputs, request, births=rewritten.births)
+    lowered = lower(gm, [settled(x) for x in inputs], request, births=rewritten.births)
     return Bound(lowered, rewritten, compiled.called, beside) if plan.entries or rewritten.dense else lowered
+
+
+def settled(x: Any) -> Any:
+    """A size under the symbol that stands for it by now. Inductor binds the symbol that an input was given first; that
+    another one has taken its place it learns from the shapes of caches, and an arena's has no such size."""
+    if isinstance(x, torch.SymInt) and x.node.expr.is_Symbol and x.node.expr != x.node._expr:
+        return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
+    return x
 
 
 def lower(gm: GraphModule, inputs: list[Any], request: Request, births: bool):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvc_compile.kernels.reference import HIDDEN, LENGTH, views
-from kvc_compile.layout import Layout
+from kvc_compile.kernels.reference import HIDDEN
+from kvc_compile.lowering import ops  # noqa: F401  (defines kvc::length)
 
 
 def check_positions(mask: Tensor | None, positions: Tensor, consecutive: bool) -> None:
@@ -23,8 +23,7 @@ def check_positions(mask: Tensor | None, positions: Tensor, consecutive: bool) -
 def check_not_round(data: Tensor, positions: Tensor, tokens: int, layout: str) -> Tensor:
     """Assert that positions [n] do not begin anew in an arena that is full: the graph may read what is written over
     only later, and an append keeps nothing after it. What is returned was read from the arena."""
-    length = views(data, Layout.parse(layout)).header[0, 0, LENGTH]
-    begins_anew = (length == tokens) & (positions[-1] + 1 < tokens)
+    begins_anew = (torch.ops.kvc.length(data, layout) == tokens) & (positions[-1] + 1 < tokens)
     torch._assert_async(~begins_anew, "a full compressed cache is written from an earlier position: empty it first")
     return begins_anew
 

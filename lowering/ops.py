@@ -7,6 +7,7 @@ and layouts by key, so a graph that holds them can be printed, cached and run by
     kvc::append   tokens appended in place
     kvc::attend   attention over an arena pair and the tokens about to be appended
     kvc::read     the content as plain values
+    kvc::length   the number of tokens
 
 The CPU runs the reference semantics (`lowering.cpu`), CUDA the Triton kernels (`lowering.launch`).
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kvc_compile.kernels.reference import LENGTH, views
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu
 
@@ -131,6 +133,17 @@ def read(data: Tensor, tokens: int, layout: str, last: bool) -> Tensor:
 def _(data, tokens, layout, last):
     p = Layout.parse(layout)
     return data.new_empty((data.shape[0], p.heads, tokens, p.channels), dtype=getattr(torch, p.dtype))
+
+
+@operator()
+def length(data: Tensor, layout: str) -> Tensor:
+    """The number of tokens in an arena: int64 []."""
+    return views(data, Layout.parse(layout)).header[0, 0, LENGTH].clone()
+
+
+@shapes(length)
+def _(data, layout):
+    return data.new_empty((), dtype=torch.int64)
 
 
 @operator()

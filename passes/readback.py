@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
 from kvc_compile.passes.alias import Writers, leads_to, memory, name, root
@@ -93,6 +94,8 @@ class Readers:
             raise Decline("its two caches are of different kinds")
         for c in (first, second):
             self.check(c)
+            if isinstance(c, Buffer) and isinstance(attention.target, HigherOrderOperator):
+                raise Decline(f"Dynamo cannot hand `{attention.target}` a compressed static cache")
         self.pairs.append(Pair(first, second))
         return self.pairs[-1]
 

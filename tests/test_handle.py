@@ -291,6 +291,8 @@ def samples(op: str, name: str):
         return (arena, torch.randn(2, 2, 7, 16), key)
     if op == "read":
         return (arena, ROOM, key, False)
+    if op == "length":
+        return (arena, key)
     assert op == "attend" and layout
     mask = torch.zeros(2, 1, 1, ROOM, dtype=torch.bool)
     mask[..., : N + 1] = True
@@ -311,7 +313,7 @@ def samples(op: str, name: str):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["raw", "int4"])
-@pytest.mark.parametrize("op", ["empty", "encode", "append", "extend", "read", "attend"])
+@pytest.mark.parametrize("op", ["empty", "encode", "append", "extend", "read", "length", "attend"])
 def test_opcheck(op, name, dynamic):
     tests = ["test_schema", "test_faketensor"]
     tests += ["test_aot_dispatch_dynamic"] if dynamic else ["test_aot_dispatch_static"]

@@ -48,6 +48,32 @@ def test_attention_of_any_form(name, kind):
     assert "read back" in found.text()
 
 
+@pytest.mark.parametrize("kind", [pytest.param(k, id=f"{k} through Inductor") for k in ("static", "dynamic")])
+def test_capped_scores(kind):
+    """The checks and reads around a cache that is read back are compiled, too."""
+    model, ids = build("gemma2", "eager"), prompt(batch=2, tokens=12)
+    want = decode(model, new_cache(model, kind, 32), ids, steps=3)
+    cache = new_cache(model, kind, 32)
+    got = decode(torch.compile(model, backend="kvc", options=LOSSLESS), cache, ids, steps=3)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert compressed(cache)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_flex_attention(kind):
+    """Its dynamic caches are read back. A static one stays as it is, and the report says so."""
+    model, ids = tiny("llama", layers=2), prompt(tokens=20)
+    model.set_attn_implementation("flex_attention")
+    want = decode(model, new_cache(model, kind, 64), ids, steps=3)
+    cache = new_cache(model, kind, 64)
+    got = decode(torch.compile(model, backend="kvc", options=LOSSLESS), cache, ids, steps=3)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert compressed(cache) == (kind == "dynamic")
+    found = report(model)
+    assert {s.status for s in found.sites} == {"compressed" if kind == "dynamic" else "declined"}
+    assert ("a compressed static cache" in " ".join(found.text().split())) == (kind == "static")
+
+
 # ---------------------------------------------------------------- sliding windows
 
 
