@@ -16,7 +16,8 @@ The semantics and the symbols are those of `kernels.attend`. What differs is the
     MIX         tokens of a tile of what is not body: sinks, ring, new tokens, and body tokens next to those
 
 A split takes a share of the body tiles, which are whole and visible to all queries, and every S-th of the MIX tiles.
-Body tiles read the mask only where it has holes or adds something.
+A mask that only hides a beginning and an end is not read for body tiles; one that adds something is; under one with
+holes all tokens are MIX tiles, which is slower.
 
 `bounds` int32 [b, h, n, 3] sums up a mask (`lowering.bounds`): the first position that a query sees, one past the last,
 and whether it sees all between them with nothing added.

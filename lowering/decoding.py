@@ -94,7 +94,8 @@ def apart(t: Tiles, others: int, splits: int, tokens: int) -> tuple[int, int]:
     """
     work = others * OTHER_COST
     ideal = splits * work / (tokens // t.BT + work)
-    few = min(others, math.ceil(ideal))
-    if splits < 2 or (few - ideal) / splits > UNBALANCED:
+    few = min(others, math.ceil(ideal), splits - 1)
+    balanced = few == others or abs(few - ideal) / splits <= UNBALANCED
+    if few < 1 or not balanced:
         return splits, 0
     return splits - few, splits - few

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_zoo import build
 from torch._dynamo.utils import counters
 
 from kvc_compile.handle import CacheHandle
@@ -78,3 +79,20 @@ def test_a_window_slides(kind, mode):
         got.append(compiled(input_ids=forced[:, i : i + 1].clone(), past_key_values=cache).logits.clone())
     torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-3, rtol=1e-3)
     assert cache.layers[0].keys.arena.shape[1] < 2 * 2 * 16 * 4 * 800
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_capped_scores_are_read_back(kind, mode):
+    """What stands around a cache that is read back, its checks too, is compiled and recorded."""
+    model, ids = build("gemma2", "eager").to("cuda"), prompt(tokens=12, device="cuda")
+    want = decode(model, new_cache(model, kind, 32), ids, steps=6)
+    compiled = torch.compile(model, backend="kvc", options={"spec": {"kvc": 1}, "mode": mode})
+    cache, forced = new_cache(model, kind, 32), want[:, 11:].argmax(-1)
+    got = [compiled(input_ids=ids, past_key_values=cache).logits.clone()]
+    for i in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        got.append(compiled(input_ids=forced[:, i : i + 1].clone(), past_key_values=cache).logits.clone())
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-3, rtol=1e-3)
+    assert all(isinstance(layer.keys, CacheHandle) for layer in cache.layers)

@@ -130,12 +130,41 @@ def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, group
     assert difference(device, kl, vl, groups, cached, n, mask, splits) < tolerance(kl, vl)
 
 
+def test_every_kind_of_tile_has_a_split():
+    for t in (decoding.Tiles(8, tile, 16, 64, 64, 1, 3) for tile in (32, 64, 128)):
+        for splits in (1, 2, 3, 8, 33, 132):
+            for tokens in (0, 100, 4160, 131072):
+                first, last = decoding.apart(t, 7, splits, tokens)
+                assert 0 < first <= splits and 0 <= last < splits and last in (0, first)
+
+
 @pytest.mark.parametrize("splits, first, last", [(9, 9, 0), (9, 8, 8), (12, 5, 5), (12, 10, 3)])
 def test_splits_that_take_a_part_of_the_work(device, monkeypatch, splits, first, last):
     """Some splits take body tiles only, or none; whatever is left takes the other tokens."""
     monkeypatch.setattr(decoding, "apart", lambda *_: (first, last))
     kl, vl = layout("int4z.32x1", 1, 64, "float16", 16), layout("int4z.1x64", 1, 64, "float16", 16, recent=30)
     assert difference(device, kl, vl, 4, 700, 1, "bool", splits) < 1e-3
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+@pytest.mark.parametrize("misuse", ("fault", "lengths", "start", "short mask", "mask beyond the end"))
+def test_a_misused_cache_gives_nan(device, misuse, splits):
+    kl, vl = layout("int4z.32x1", 1, 64, "float16", 16), layout("int4z.1x64", 1, 64, "float16", 16, recent=30)
+    kx, vx = keys(1, 1, 101, 64, "float16"), values(1, 1, 101, 64, "float16")
+    ka, va = filled(100, 140, kx, kl), filled(100, 140, vx, vl)
+    mask = positions = None
+    header = reference.views(va, vl).header
+    if misuse == "fault":
+        header[..., reference.FAULT] = 1
+    elif misuse == "lengths":
+        header[..., reference.LENGTH] = 99
+    elif misuse == "start":
+        positions = torch.tensor([101], device=device)
+    else:
+        width = 100 if misuse == "short mask" else 110
+        mask = torch.ones(1, 1, 1, width, dtype=torch.bool, device=device)
+    inputs = [x.to(device) for x in (values(1, 4, 1, 64, "float16"), ka, va, kx[:, :, 100:], vx[:, :, 100:])]
+    assert launch.attend(*inputs, mask, positions, True, 0.2, kl, vl, splits=splits).isnan().all()
 
 
 def test_new_tokens_at_any_address(device):
