@@ -170,13 +170,19 @@ def attend(
                 DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=warps,
             )  # fmt: skip
         if splits > 1:
-            together = min(MERGE, max(16, triton.next_power_of_2(splits)))
-            wide = pad(v_form.channels) if rows >= MANY_ROWS else 32
-            T.merge[rows, triton.cdiv(v_form.channels, wide)](
-                parts, lse, out, n, splits, G=groups, BS=together, D=v_form.channels, DC=wide, EARLY=early,
-                **({"launch_pdl": True} if early else {}), num_warps=4 if together * wide >= 4096 else 2,
-            )  # fmt: skip
+            merge(parts, lse, out, n, groups, early)
     return out
+
+
+def merge(parts: Tensor, lse: Tensor, out: Tensor, n: int, groups: int, early: bool) -> None:
+    """out [B, query heads, n, D] from the parts [S, rows, D] of its splits. early: the kernel waits for them itself."""
+    splits, rows, channels = parts.shape
+    together = min(MERGE, max(16, triton.next_power_of_2(splits)))
+    wide = pad(channels) if rows >= MANY_ROWS else 32
+    T.merge[rows, triton.cdiv(channels, wide)](
+        parts, lse, out, n, splits, G=groups, BS=together, D=channels, DC=wide, EARLY=early,
+        **({"launch_pdl": True} if early else {}), num_warps=4 if together * wide >= 4096 else 2,
+    )  # fmt: skip
 
 
 def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:
