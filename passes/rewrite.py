@@ -31,7 +31,7 @@ from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
 from kvc_compile.lowering.bounds import bounds
-from kvc_compile.lowering.decoding import MOST_COLUMNS
+from kvc_compile.lowering.decoding import takes
 from kvc_compile.passes.alias import Writers, leads_to
 from kvc_compile.passes.caches import Buffer, Concat, Span, born_sizes, consecutive, kind, read_sizes, size_value
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
@@ -93,12 +93,11 @@ class Rewritten:
         return any(o.arena >= 0 for o in self.outputs)
 
 
-def decodes(q: Node, x: Node) -> bool:
-    """Whether attention of the queries q, n of them, may go to the decoding kernel, which reads the mask's bounds."""
-    v, heads = value(q), shape(x)[1]  # type: ignore[index]
-    n = v.shape[2]
-    few = isinstance(n, int) and n * v.shape[1] <= MOST_COLUMNS * heads
-    return v.is_cuda and v.dtype in (torch.float16, torch.bfloat16) and few
+def decodes(q: Node, p: SitePlan) -> bool:
+    """Whether attention of the queries q goes to the decoding kernel, which reads and checks the mask's bounds."""
+    v = value(q)
+    _, heads, n, _ = v.shape
+    return v.is_cuda and isinstance(n, int) and takes(p.key, p.value, n * heads // p.key.heads, v.dtype)
 
 
 def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
@@ -176,7 +175,7 @@ class _Rewrite:
                 return
             layouts = p.key.key, p.value.key
             args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, *layouts)
-            if a.mask is not None and decodes(a.q, m.key.x):
+            if a.mask is not None and decodes(a.q, p):
                 if a.mask not in self.bounds:
                     self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
                 args += (self.bounds[a.mask],)

@@ -130,6 +130,19 @@ def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, group
     assert difference(device, kl, vl, groups, cached, n, mask, splits) < tolerance(kl, vl)
 
 
+def test_what_the_kernel_takes():
+    """The rewrite leaves the check of a mask to the kernel: it must know which kernel that will be."""
+    k, v = layout("int4z.32x1", 2, 64, "float16", 16), layout("int4z.1x64", 2, 64, "float16", 16)
+    half = torch.float16
+    assert decoding.takes(k, v, 8, half)
+    assert not decoding.takes(k, v, 33, half)
+    assert not decoding.takes(k, v, 8, torch.float32)
+    assert not decoding.takes(k, replace(v, sink=5), 8, half)
+    assert not decoding.takes(k, layout("int4z.32x1", 2, 64, "float16", 16), 8, half)  # values by channel
+    assert not decoding.takes(k, replace(v, word=8), 8, half)
+    assert not decoding.takes(layout("int4z.24x1", 2, 64, "float16", 16), v, 8, half)  # no kernel does
+
+
 def test_every_kind_of_tile_has_a_split():
     for t in (decoding.Tiles(8, tile, 16, 64, 64, 1, 3) for tile in (32, 64, 128)):
         for splits in (1, 2, 3, 8, 33, 132):
