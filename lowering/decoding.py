@@ -71,6 +71,8 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
         widest, stages = (64, 32), 2
     span = 16 if not packed else max(spans)
     tile = part if not packed else min(LONGEST_TILE, span * part // 16)
+    if k.params and k.t > 1 and k.t % tile and tile % k.t:
+        return None  # blocks of keys would begin at another token in every tile
     if columns > 8 or max(k.channels, v.channels) > 128:
         warps = max(warps, 2)
     return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages)

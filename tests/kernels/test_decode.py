@@ -140,6 +140,7 @@ def test_what_the_kernel_takes():
     assert not decoding.takes(k, replace(v, sink=5), 8, half)
     assert not decoding.takes(k, layout("int4z.32x1", 2, 64, "float16", 16), 8, half)  # values by channel
     assert not decoding.takes(k, replace(v, word=8), 8, half)
+    assert not decoding.takes(layout("int4z.48x1", 2, 64, "float16", 16), v, 8, half)  # blocks across tiles
     assert not decoding.takes(layout("int4z.24x1", 2, 64, "float16", 16), v, 8, half)  # no kernel does
 
 
