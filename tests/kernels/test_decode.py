@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -191,6 +192,30 @@ def test_new_tokens_at_any_address(device):
     rest = (None, True, 0.2, kl, vl)
     out = launch.attend(q.to(device), ka.to(device), va.to(device), *shifted, None, *rest, splits=2)
     assert error(out, exact(q, ka, va, (kx[:, :, 200:], vx[:, :, 200:]), None, rest)) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_random_configurations(device, seed):
+    """What is wrong shows as a large error; how exact the kernel is has tests of its own."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    kinds = [f"int{b}{z}" for b in (8, 4, 3, 2, 1) for z in ("z", "")] + ["fp8", "raw"]
+    heads, groups, n = dice.randint(1, 2), dice.randint(1, 5), dice.choice((1, 1, 1, 2, 3))
+    dk, dv = dice.choice((32, 48, 64, 80, 96)), dice.choice((16, 64))
+    dtype, sink, t = dice.choice(("float16", "bfloat16")), dice.choice((0, 1, 4, 16, 20, 37)), dice.choice((16, 32, 64))
+    k, v = dice.choice(kinds), dice.choice(kinds)
+    k = k if k == "raw" else f"{k}.1x{dk}" if dice.random() < 0.3 else f"{k}.{t}x{dice.choice((1, 8))}"
+    v = v if v == "raw" else f"{v}.1x{dice.choice((dv, 16))}"
+    kl, vl = layout(k, heads, dk, dtype, 16, sink), layout(v, heads, dv, dtype, 16, sink)
+    kl = replace(kl, recent=kl.flush + dice.randint(0, 40))
+    vl = replace(vl, recent=dice.choice((1, 5, 16, 33, 60)))
+    assert decoding.takes(kl, vl, n * groups, getattr(torch, dtype)) or min(dk & -dk, dv) < 16
+    cached = dice.randint(90, 420)
+    mask = dice.choice(("none", "causal", "bool", "bool_h", "add", "add_inf", "padded", "padded_add"))
+    splits = dice.choice((1, 2, 3, 9, None))
+    found = difference(device, kl, vl, groups, cached, n, mask, splits, batch=dice.randint(1, 2))
+    assert found < 5e-3, (kl.key, vl.key, n, groups, cached, mask, splits)
 
 
 @pytest.mark.gpu
