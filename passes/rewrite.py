@@ -175,20 +175,21 @@ class _Rewrite:
                 return
             layouts = p.key.key, p.value.key
             args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, *layouts)
-            if a.mask is not None and decodes(a.q, p):
+            checked = decodes(a.q, p)
+            if a.mask is not None and checked:
                 if a.mask not in self.bounds:
                     self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
                 args += (self.bounds[a.mask],)
-            self.check(a.q, a.mask, m.key)
+            self.check(a.q, a.mask, m.key, checked)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
         self.rest(m, p, new)
 
-    def check(self, q: Node, mask: Node | None, key: Buffer | Concat) -> None:
-        """Assert on a GPU what an operator there cannot raise. The decoding kernel checks a mask by itself."""
+    def check(self, q: Node, mask: Node | None, key: Buffer | Concat, checked: bool) -> None:
+        """Assert on a GPU what an operator there cannot raise. checked: this attention's kernel checks the mask."""
         if not isinstance(key, Buffer) or key.positions is None or not value(q).is_cuda:
             return
         one = key.consecutive or shape(key.x)[2] == 1  # type: ignore[index]
-        if ((mask is None or mask in self.bounds) and one) or (mask, key.positions) in self.checked:
+        if ((mask is None or checked) and one) or (mask, key.positions) in self.checked:
             return
         self.checked.add((mask, key.positions))
         self.call(checks.check_positions, mask, key.positions, key.consecutive, like=q)
