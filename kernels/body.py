@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvc_compile.kernels.attend import BOOL_MASK, LOG2E, NO_MASK
+from kvc_compile.kernels.attend import LOG2E, NO_MASK
 from kvc_compile.kernels.codec import FP8, INT, RAW, params_pointer, plane_pointer, typed
 from kvc_compile.kernels.facts import (
     BLANK,
@@ -73,6 +73,18 @@ def load_plane(
 
 
 @triton.jit
+def load_high(
+    arena, h, N, tile, c, BT: tl.constexpr, TP: tl.constexpr, ACROSS: tl.constexpr, ELEMENT: tl.constexpr,
+    ASM: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """`load_plane` of the second plane; nothing where there is none."""
+    if F.high > 0:
+        return load_plane(arena, h, N, tile, c, F.high, F.low, BT, TP, ACROSS, ELEMENT, ASM, F)
+    else:
+        return ()
+
+
+@triton.jit
 def part(
     low, high, j: tl.constexpr, BIASED: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, ASM: tl.constexpr,
     WIDE: tl.constexpr, F: tl.constexpr,
@@ -106,7 +118,7 @@ def body_tile(
     MASK: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr,
     ASM: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """One whole tile of the body: the new (m, mass, sides, acc)."""
+    """One whole tile of the body: the new (m, mass, sides, acc). MASK: none, or one that is added."""
     J: tl.constexpr = BT // TP
     KC: tl.constexpr = K.channels // CK
     VC: tl.constexpr = V.channels // CV
@@ -114,21 +126,13 @@ def body_tile(
     k_low, k_high, v_low, v_high = (), (), (), ()
     i0 = tile * BT
     for a in tl.static_range(KC):
-        k_low = k_low + (load_plane(k_arena, h, NK, tile, a * CK + ck, K.low, 0, BT, TP, False, ELEMENT, ASM, K),)
-        if K.high > 0:
-            k_high = k_high + (
-                load_plane(k_arena, h, NK, tile, a * CK + ck, K.high, K.low, BT, TP, False, ELEMENT, ASM, K),
-            )
-        else:
-            k_high = k_high + (0,)
+        c = a * CK + ck
+        k_low = k_low + (load_plane(k_arena, h, NK, tile, c, K.low, 0, BT, TP, False, ELEMENT, ASM, K),)
+        k_high = k_high + (load_high(k_arena, h, NK, tile, c, BT, TP, False, ELEMENT, ASM, K),)
     for a in tl.static_range(VC):
-        v_low = v_low + (load_plane(v_arena, h, NV, tile, a * CV + cv, V.low, 0, BT, TP, True, ELEMENT, ASM, V),)
-        if V.high > 0:
-            v_high = v_high + (
-                load_plane(v_arena, h, NV, tile, a * CV + cv, V.high, V.low, BT, TP, True, ELEMENT, ASM, V),
-            )
-        else:
-            v_high = v_high + (0,)
+        c = a * CV + cv
+        v_low = v_low + (load_plane(v_arena, h, NV, tile, c, V.low, 0, BT, TP, True, ELEMENT, ASM, V),)
+        v_high = v_high + (load_high(v_arena, h, NV, tile, c, BT, TP, True, ELEMENT, ASM, V),)
     if K.params > 0:
         k_params = params_pointer(k_arena, h, NK, K)
     if V.params > 0:
@@ -185,11 +189,7 @@ def body_tile(
             p = i0 + t + K.sink
             cell = tl.load(mask_rows[None, :] + p.to(tl.int64)[:, None] * mask_p, mask=live[None, :], other=0)
             seen = (p[:, None] >= first[None, :]) & (p[:, None] < end[None, :])
-            if MASK == BOOL_MASK:
-                seen = seen & (cell != 0)
-            else:
-                x += tl.maximum(cell.to(tl.float32), BLANK) * LOG2E
-            x = tl.where(seen, x, BLANK)
+            x = tl.where(seen, x + tl.maximum(cell.to(tl.float32), BLANK) * LOG2E, BLANK)
         scores = scores + (x,)
     s = scores
 
