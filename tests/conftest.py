@@ -25,10 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """What one test compiled is not reused by the next, and does not count against its recompile limit."""
+    """What one test compiled is not reused by the next, does not count against its recompile limit, and is not in its
+    report: all modules without parameters share one."""
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+    if "kvc_compile.report" in sys.modules:
+        sys.modules["kvc_compile.report"]._recent.clear()
+        sys.modules["kvc_compile.report"]._alive.clear()
 
 
 @pytest.fixture(scope="session")
