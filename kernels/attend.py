@@ -10,8 +10,10 @@ Symbols beyond those of `kernels.codec`:
     DK, DV            channels of a key and of a value, rounded up to powers of two
     S                 splits of the sequence; each leaves (o, lse) and `merge` combines them
 
-    s = q k^T * scale (+ mask)   m = max s   mass = sum exp(s - m)   o = sum exp(s - m) v / mass    lse = m + log mass
+    s = capped(q k^T * scale) (+ mask)   m = max s   mass = sum exp(s - m)
+    o = sum exp(s - m) v / mass          lse = m + log mass
     out = sum_S exp(lse_S - lse) o_S
+    capped(s) = CAP tanh(s / CAP), or s where CAP is 0;  a sink is a score without a value: the first split has it
 
 A tile is of one of three kinds, so that the common ones cost no selection: BODY, all of whose keys and values are
 packed; NEW, all of whose tokens are in k_new; and MIXED, read token by token. Packed words are unpacked in registers.
@@ -62,10 +64,29 @@ def cache_lengths(k_arena, v_arena, h, positions, PLACED: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def soft_step(q, k, v, seen, bias, scale, m, mass, acc, DOT: tl.constexpr):
+def capped(s, CAP: tl.constexpr):
+    """CAP tanh(s / CAP), exact to a rounding of CAP; s where CAP is 0."""
+    if CAP == 0.0:
+        return s
+    else:
+        return CAP - (2.0 * CAP) / (1.0 + tl.exp2(s * (2.0 * LOG2E / CAP)))
+
+
+@triton.jit
+def with_sink(sink, split, m, mass, UNIT: tl.constexpr):
+    """(m, mass, what the sum of values is to be multiplied by) with one score more in the first split. UNIT: log2 of
+    the base of m."""
+    top = tl.where(split == 0, tl.maximum(m, sink), m)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    decay = tl.exp2((m - shift) * UNIT)
+    return top, mass * decay + tl.where(split == 0, tl.exp2((sink - shift) * UNIT), 0.0), decay
+
+
+@triton.jit
+def soft_step(q, k, v, seen, bias, scale, m, mass, acc, CAP: tl.constexpr, DOT: tl.constexpr):
     """One tile of online softmax: the new (m, mass, acc), acc not yet divided by mass."""
     PRECISION: tl.constexpr = "ieee" if DOT.primitive_bitwidth == 32 else "tf32"
-    s = tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * scale + bias
+    s = capped(tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * scale, CAP) + bias
     s = tl.where(seen, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
     shift = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing
@@ -79,8 +100,8 @@ def soft_step(q, k, v, seen, bias, scale, m, mass, acc, DOT: tl.constexpr):
 def tile_step(
     KIND: tl.constexpr, p0, q, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_stride, h, NK, NV,
     length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DOT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Attend to the BN tokens from position p0 on."""
     ALIGNED: tl.constexpr = aligned(V, K, BN)
@@ -106,21 +127,22 @@ def tile_step(
             bias = cell.to(tl.float32)
     elif CAUSAL and KIND != BODY:
         seen = seen & (p[None, :] <= length + i[:, None])
-    return soft_step(q, k, v, seen, bias, scale, m, mass, acc, DOT)
+    return soft_step(q, k, v, seen, bias, scale, m, mass, acc, CAP, DOT)
 
 
 @triton.jit(do_not_specialize=["NK", "NV", "n", "S", "width", "mask_b", "mask_h", "mask_n", "mask_p"])
 def attend_split(
-    q, k_new, v_new, mask, positions, out, lse, k_data, v_data, scale, n, S, NK, NV, k_row, v_row, width,
+    q, k_new, v_new, mask, sinks, positions, out, lse, k_data, v_data, scale, n, S, NK, NV, k_row, v_row, width,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
     G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, CHUNK: tl.constexpr,
-    DIRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr,
+    DIRECT: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Program: (BM query rows, batch row and kv head, split).
 
     PLACED: positions are given. CHUNK: there may be whole tiles of new tokens. DIRECT: S is 1 and `out`
     [B, query heads, n, Dv] is final; otherwise out is fp32 [S, B * H * n * G, Dv] and lse [S, B * H * n * G].
+    SINKS: `sinks` [query heads] are given.
     """
     ORIGIN: tl.constexpr = origin(K, BN)
     b, h = tl.program_id(1) // K.heads, tl.program_id(1) % K.heads
@@ -145,9 +167,9 @@ def attend_split(
 
     # tiles [first_body, last_body) are body, [first_new, last) new, the others mixed
     last = (end - ORIGIN + BN - 1) // BN
-    SINKS: tl.constexpr = K.sink if K.sink > V.sink else V.sink
+    FIRST: tl.constexpr = K.sink if K.sink > V.sink else V.sink
     packed = (tl.minimum(K.sink + k_encoded, V.sink + v_encoded) - ORIGIN) // BN
-    first_body = tl.minimum((SINKS - ORIGIN + BN - 1) // BN, last)
+    first_body = tl.minimum((FIRST - ORIGIN + BN - 1) // BN, last)
     last_body = tl.minimum(tl.maximum(packed, first_body), last)
     first_new = last
     if CHUNK:
@@ -167,13 +189,13 @@ def attend_split(
     for tile in tl.range(lo, tl.minimum(lo + share, last_body), num_stages=2):
         m, mass, acc = tile_step(
             BODY, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V,
+            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
         )  # fmt: skip
     for turn in tl.range(split, first_body + first_new - last_body, S, num_stages=1):
         tile = tl.where(turn < first_body, turn, turn - first_body + last_body)
         m, mass, acc = tile_step(
             MIXED, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V,
+            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
         )  # fmt: skip
     if CHUNK:
         share = (last - first_new + S - 1) // S
@@ -181,9 +203,12 @@ def attend_split(
         for tile in tl.range(lo, tl.minimum(lo + share, last), num_stages=2):
             m, mass, acc = tile_step(
                 NEW, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-                length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, BN, DK, DV, DOT, K, V,
+                length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
         )  # fmt: skip
 
+    if SINKS:
+        m, mass, decay = with_sink(tl.load(sinks + h * G + g).to(tl.float32), split, m, mass, LOG2E)
+        acc *= decay[:, None]
     nothing = mass == 0
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, mass)[:, None]) + tl.where(
         fault, float("nan"), 0.0

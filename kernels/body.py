@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvc_compile.kernels.attend import LOG2E, NO_MASK
+from kvc_compile.kernels.attend import LOG2E, NO_MASK, capped
 from kvc_compile.kernels.codec import FP8, INT, RAW, params_pointer, plane_pointer, typed
 from kvc_compile.kernels.facts import (
     BLANK,
@@ -115,8 +115,8 @@ def token_index(j: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr):
 @triton.jit
 def body_tile(
     tile, k_arena, v_arena, h, NK, NV, mask_rows, mask_p, live, first, end, q, factor, sums, m, mass, sides, acc,
-    MASK: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr,
-    ASM: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAP: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
+    BM: tl.constexpr, ASM: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """One whole tile of the body: the new (m, mass, sides, acc). MASK: none, or one that is added."""
     J: tl.constexpr = BT // TP
@@ -185,6 +185,7 @@ def body_tile(
                 x += middle[None, :]
             if biased(K):
                 x -= surplus_of(K, j, BT, TP) * extra[None, :]
+        x = capped(x, CAP * LOG2E)
         if MASK != NO_MASK:
             p = i0 + t + K.sink
             cell = tl.load(mask_rows[None, :] + p.to(tl.int64)[:, None] * mask_p, mask=live[None, :], other=0)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvc_compile.kernels.attend import ADDED_MASK, LOG2E, NO_MASK, cache_lengths
+from kvc_compile.kernels.attend import ADDED_MASK, LOG2E, NO_MASK, cache_lengths, with_sink
 from kvc_compile.kernels.body import body_tile
 from kvc_compile.kernels.codec import RAW
 from kvc_compile.kernels.facts import BLANK, boost, by_token
@@ -40,11 +40,13 @@ from kvc_compile.kernels.mixed import mixed_tile
     + ["see_b", "see_h", "see_n"]
 )
 def decode_split(
-    q, k_new, v_new, mask, bounds, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, NK, NV, k_row, v_row,
-    width, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p, see_b, see_h, see_n,
+    q, k_new, v_new, mask, bounds, sinks, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, NK, NV,
+    k_row, v_row, width, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
+    see_b, see_h, see_n,
     G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, DIRECT: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, MIX: tl.constexpr,
+    CK: tl.constexpr, CV: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Program: (split, batch row and kv head). Arguments and results as those of `attend.attend_split`.
 
@@ -148,12 +150,12 @@ def decode_split(
         for tile in tl.range(clear, hi_tile, num_stages=1):
             m, masses, sides, acc = body_tile(
                 tile, k_arena, v_arena, h, NK, NV, mask_rows, mask_p, live, first, end, x, factor, sums,
-                m, masses, sides, acc, MASK, BT, TP, CK, CV, BM, ASM, ELEMENT, WIDE, K, V,
+                m, masses, sides, acc, MASK, CAP, BT, TP, CK, CV, BM, ASM, ELEMENT, WIDE, K, V,
             )  # fmt: skip
     for tile in tl.range(lo_tile, clear, num_stages=STAGES):
         m, masses, sides, acc = body_tile(
             tile, k_arena, v_arena, h, NK, NV, mask_rows, mask_p, live, first, end, x, factor, sums,
-            m, masses, sides, acc, NO_MASK, BT, TP, CK, CV, BM, ASM, ELEMENT, WIDE, K, V,
+            m, masses, sides, acc, NO_MASK, CAP, BT, TP, CK, CV, BM, ASM, ELEMENT, WIDE, K, V,
         )  # fmt: skip
 
     mass = tl.sum(masses, 0)
@@ -168,13 +170,16 @@ def decode_split(
         m, mass, middles, acc = mixed_tile(
             ORIGIN + tile * MIX, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, live, first, end,
             h, NK, NV, length, k_encoded, v_encoded, total, i, x, factor, sums, m, mass, middles, acc,
-            MASK, CAUSAL, MIX, CK, CV, BM, WIDE, ASM, K, V,
+            MASK, CAUSAL, CAP, MIX, CK, CV, BM, WIDE, ASM, K, V,
         )  # fmt: skip
 
     if EARLY:  # `merge` may start
         tl.extra.cuda.gdc_launch_dependents()
+    decay = 1.0
+    if SINKS:
+        m, mass, decay = with_sink(tl.load(sinks + h * G + g).to(tl.float32) * LOG2E, split, m, mass, 1.0)
     nothing = mass == 0
-    unit = 1.0 / tl.where(nothing, 1.0, mass)
+    unit = decay / tl.where(nothing, 1.0, mass)
     bad = tl.where(fault, float("nan"), 0.0)
     cv = tl.arange(0, CV)
     row = tl.program_id(1).to(tl.int64) * rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvc_compile.kernels.attend import BOOL_MASK, LOG2E, NO_MASK
+from kvc_compile.kernels.attend import BOOL_MASK, LOG2E, NO_MASK, capped
 from kvc_compile.kernels.codec import FP8, INT, RAW, exact_offset, params_pointer, plane_pointer, typed
 from kvc_compile.kernels.facts import BLANK, boost, by_token, pair_of, shrink_of, span
 from kvc_compile.kernels.unpack import field, shifted
@@ -130,8 +130,8 @@ def token_pairs(stored, p0, encoded, OTHER: tl.constexpr, MIX: tl.constexpr, F: 
 def mixed_tile(
     p0, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_p, live, first, end, h, NK, NV,
     length, k_encoded, v_encoded, total, i, q, factor, sums, m, mass, sides, acc,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr,
-    WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr,
+    CV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """MIX tokens from position p0 on, wherever they lie: the new (m, mass [BM], sides of [BM], acc)."""
     KC: tl.constexpr = K.channels // CK
@@ -189,6 +189,7 @@ def mixed_tile(
         s = (s + less[None, :]) * factor[None, :]
     else:
         s = s * (factor * (1.0 / SHRINK))[None, :]
+    s = capped(s, CAP * LOG2E)
     if MASK == BOOL_MASK:
         seen = seen & (cell != 0)
     elif MASK != NO_MASK:

@@ -211,10 +211,11 @@ def attend_body(
     scale: float,
     k_layout: Layout,
     v_layout: Layout,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`partial` over whole units of the bodies of keys and values: the part of attention that is worth compiling."""
     k, v = decode_body(k_planes, k_params, k_layout), decode_body(v_planes, v_params, v_layout)
-    return partial(rows, k, v, mask, scale)
+    return partial(rows, k, v, mask, scale, cap)
 
 
 def write_body(v: Views, layout: Layout, first: int, x: Tensor) -> None:
@@ -366,9 +367,13 @@ def rows_mask(mask: Tensor | None, groups: int) -> Tensor | None:
     return mask.reshape(b, h // groups, groups * n, w)
 
 
-def partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Attention over one region: (output, log-sum-exp), q [B, H, n, D]; a row that sees nothing gives (0, -inf)."""
     s = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+    if cap:
+        s = cap * torch.tanh(s / cap)
     if mask is not None:
         s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
     m = s.amax(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).min)
@@ -399,6 +404,8 @@ def attend(
     scale: float,
     k_layout: Layout,
     v_layout: Layout,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
     attend_body=attend_body,
 ) -> Tensor:
     """Attention of the new queries over what the cache holds and over the new tokens themselves, which are exact.
@@ -406,7 +413,9 @@ def attend(
     q [B, query heads, n, Dk]; k_new [B, H, n, Dk] and v_new [B, H, n, Dv] are the tokens that will be appended, at
     positions L .. L+n-1 where L is `start`, or the tokens in the cache. mask [b, h, n, W >= L+n] by absolute position:
     bool (True: visible) or additive; it must hide every position from L+n on. Without a mask, `causal` says whether
-    query i sees positions up to L+i or all of them. Returns [B, query heads, n, Dv] in q's dtype.
+    query i sees positions up to L+i or all of them. cap: before the mask, scores s become cap * tanh(s / cap), as in
+    Gemma 2 (arXiv:2408.00118). sinks [query heads]: a score each that takes its share of the softmax and has no value,
+    as in gpt-oss (arXiv:2508.10925). Returns [B, query heads, n, Dv] in q's dtype.
     """
     kv, vv = views(k_data, k_layout), views(v_data, v_layout)
     k_length, k_encoded = lengths(kv)
@@ -421,7 +430,7 @@ def attend(
         mask = mask[..., :total]
     elif causal:
         mask = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(length)[None, None]
-    if length == 0:  # a first chunk: plain attention, and its numerics
+    if length == 0 and not cap and sinks is None:  # a first chunk: plain attention, and its numerics
         return F.scaled_dot_product_attention(
             q, k_new, v_new, attn_mask=mask, scale=scale, enable_gqa=groups > 1
         ).contiguous()
@@ -438,12 +447,15 @@ def attend(
         last = min(first + SPAN, body)
         stored = *body_slices(kv, k_layout, first, last), *body_slices(vv, v_layout, first, last)
         window = None if mask is None else mask[..., sink + first : sink + last]
-        parts.append(attend_body(rows, *stored, window, scale, k_layout, v_layout))
+        parts.append(attend_body(rows, *stored, window, scale, k_layout, v_layout, cap))
     head, tail = (sink, sink + body) if body else (0, 0)
     k = torch.cat([read(k_data, k_layout, 0, head), read(k_data, k_layout, tail, length), k_new], 2)
     v = torch.cat([read(v_data, v_layout, 0, head), read(v_data, v_layout, tail, length), v_new], 2)
     window = None if mask is None else torch.cat([mask[..., :head], mask[..., tail:]], -1)
-    parts.append(partial(rows, k, v, window, scale))
+    parts.append(partial(rows, k, v, window, scale, cap))
+    if sinks is not None:
+        weight = sinks.float().view(1, -1, groups, 1).expand(batch, -1, -1, n).flatten(2)
+        parts.append((torch.zeros_like(parts[-1][0]), weight))
     return merge(parts).reshape(batch, heads, n, -1).to(q.dtype)
 
 

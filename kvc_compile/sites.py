@@ -38,6 +38,8 @@ class Site:
     value: CacheTensor
     where: str  # the user's source line
     note: str = ""  # why it is read back
+    cap: float = 0.0  # scores s become cap * tanh(s / cap)
+    sinks: str = ""  # node of the scores [query heads] that take their share of the softmax and have no value
 
 
 @dataclass(frozen=True)

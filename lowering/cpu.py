@@ -20,20 +20,23 @@ COMPILE_FROM = 1 << 17  # elements of keys and values above which a compiled att
 
 
 @functools.cache
-def _compiled(k_layout: Layout, v_layout: Layout, scale: float):
+def _compiled(k_layout: Layout, v_layout: Layout, scale: float, cap: float):
     def part(rows, k_planes, k_params, v_planes, v_params, mask):
-        return reference.attend_body(rows, k_planes, k_params, v_planes, v_params, mask, scale, k_layout, v_layout)
+        stored = k_planes, k_params, v_planes, v_params
+        return reference.attend_body(rows, *stored, mask, scale, k_layout, v_layout, cap)
 
     return torch.compile(part, dynamic=True, fullgraph=True)
 
 
-def attend_body(rows, k_planes, k_params, v_planes, v_params, mask, scale, k_layout: Layout, v_layout: Layout):
+def attend_body(
+    rows, k_planes, k_params, v_planes, v_params, mask, scale, k_layout: Layout, v_layout: Layout, cap: float = 0.0
+):
     """`reference.attend_body`, compiled for large parts of a packed cache."""
     stored = k_planes, k_params, v_planes, v_params
     count = sum(p.numel() * k_layout.codes_per_word(b) for p, b in zip(k_planes, k_layout.planes, strict=True))
     if count < COMPILE_FROM or not (k_layout.packed or v_layout.packed):
-        return reference.attend_body(rows, *stored, mask, scale, k_layout, v_layout)
-    return _compiled(k_layout, v_layout, scale)(rows, *stored, mask)
+        return reference.attend_body(rows, *stored, mask, scale, k_layout, v_layout, cap)
+    return _compiled(k_layout, v_layout, scale, cap)(rows, *stored, mask)
 
 
 def start_of(positions: Tensor | None, n: int) -> int | None:
@@ -56,15 +59,17 @@ def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) ->
 
 def attend(
     q: Tensor, k_data: Tensor, v_data: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None,
-    positions: Tensor | None, causal: bool, scale: float, k_layout: Layout, v_layout: Layout,
+    positions: Tensor | None, causal: bool, scale: float, k_layout: Layout, v_layout: Layout, cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     start = start_of(positions, k_new.shape[2])
-    if native.attends(q, k_data, k_layout, v_layout) and start != 0:
+    plain = not cap and sinks is None
+    if plain and native.attends(q, k_data, k_layout, v_layout) and start != 0:
         out = native.attend(q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout)
         if out is not None:
             return out
     return reference.attend(
-        q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, attend_body
+        q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, cap, sinks, attend_body
     )
 
 

@@ -160,6 +160,8 @@ def attend(
     k_layout: str,
     v_layout: str,
     bounds: Tensor | None = None,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of q [B, query heads, n, Dk] over the cache and the new tokens; see `kernels.reference.attend`.
 
@@ -169,10 +171,25 @@ def attend(
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, q.shape[2], -1)
         mask = mask.float() if mask.dtype == torch.float64 else mask
-    args = q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v
+    args = q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v, cap, sinks
     return _kernels().attend(*args, bounds=bounds) if q.is_cuda else cpu.attend(*args)
 
 
 @shapes(attend)
-def _(q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout, v_layout, bounds=None):
+def _(
+    q,
+    k_data,
+    v_data,
+    k_new,
+    v_new,
+    mask,
+    positions,
+    causal,
+    scale,
+    k_layout,
+    v_layout,
+    bounds=None,
+    cap=0.0,
+    sinks=None,
+):
     return q.new_empty((*q.shape[:-1], v_new.shape[-1]))

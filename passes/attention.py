@@ -1,8 +1,9 @@
 """Finding attention: each spelling is read into one record with every attribute explicit.
 
 Two spellings: `scaled_dot_product_attention`, and softmax written by hand as
-`matmul(softmax(matmul(q, k^T) * scale + mask), v)`. What a spelling says that the record cannot express is a reason to
-decline, never to ignore.
+`matmul(softmax(capped(matmul(q, k^T) * scale) + mask), v)`, whose scores may be joined by one more per query head, a
+sink, that takes its share of the softmax and has no value. What a spelling says that the record cannot express is a
+reason to decline, never to ignore.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ _SOFTMAX_ARGS = signature("(input, dim=None, _stacklevel=3, dtype=None)")
 _SOFTMAX_METHOD = signature("(input, dim=None, dtype=None)")
 MATMUL = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
 PRODUCTS = MATMUL | {torch.baddbmm, torch.einsum, "baddbmm"}
+PRODUCT = {operator.mul, torch.mul, "mul"}
+PRODUCT_OR_QUOTIENT = PRODUCT | {operator.truediv, torch.div, "div"}
 _WHOLE_MODULES = ("multi_head_attention_forward", "_native_multi_head_attention")
 _DROPOUT = signature("(input, p=0.5, training=True, inplace=False)")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q k^T * scale + mask) v.  q [B, query heads, n, Dk]; k and v are the operands as attention sees them."""
+    """softmax(capped(q k^T * scale) + mask) v.  q [B, query heads, n, Dk]; k and v are the operands as attention sees
+    them."""
 
     node: Node  # whose value is the attention's output [B, query heads, n, Dv]
     pattern: str
@@ -45,6 +49,8 @@ class Attention:
     scale: float
     broadcast_heads: bool  # k and v may have fewer heads than q, each serving consecutive query heads
     inner: tuple[Node, ...]  # nodes of the pattern other than `node`
+    cap: float = 0.0  # capped(s) = cap * tanh(s / cap); 0: as it is
+    sinks: Node | None = None  # [query heads]: a score of each that takes its share of the softmax and has no value
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,14 @@ def _read_softmax(node: Node) -> Attention | NotAttention | None:
     a = bind(node, _SOFTMAX_METHOD if node.target == "softmax" else _SOFTMAX_ARGS)
     if a is None or a["dim"] not in (-1, 3) or len(shape(node) or ()) != 4:
         return None
-    # down: softmax -> to -> dropout -> matmul(p, v)
+    s, shift = _less_the_largest(a["input"])
+    s, joined, sinks = _sinks(s, node)
+    # down: softmax [-> without the sink] -> to -> dropout -> matmul(p, v)
     inner: list[Node] = [node]
     p = node
+    if sinks is not None:
+        p = next(iter(node.users))
+        inner.append(p)
     while True:
         user = _only_user(p)
         if user is None:
@@ -148,10 +159,10 @@ def _read_softmax(node: Node) -> Attention | NotAttention | None:
     rounded = {value(n).dtype for n in inner if torch.promote_types(value(n).dtype, value(out).dtype) != value(n).dtype}
     if rounded:
         return NotAttention(node, f"the attention weights are rounded to {rounded.pop()}")
-    # up: scores = matmul(q, k^T) [* scale] [+ mask]
+    inner += [*shift, *joined]
+    # up: scores = capped(matmul(q, k^T) [* scale]) [+ mask]
     mask: Node | None = None
     scale = 1.0
-    s = a["input"]
     if is_call(s, operator.add, torch.add, "add") and len(s.args) == 2 and not s.kwargs:
         left, right = s.args
         if not isinstance(left, Node) or not isinstance(right, Node):
@@ -162,20 +173,97 @@ def _read_softmax(node: Node) -> Attention | NotAttention | None:
         s, mask = left, right
         if len(inner[-1].args[0].users) != 1:  # type: ignore[union-attr]
             return NotAttention(node, "the scores are used elsewhere")
-    if is_call(s, operator.mul, torch.mul, "mul", operator.truediv, torch.div, "div") and len(s.args) == 2:
-        factor = s.args[1]
-        if not isinstance(factor, (int, float)) or s.kwargs or len(s.users) != 1:
-            return NotAttention(node, "the scores are multiplied by something that is not a constant")
-        scale = float(factor) if s.target in (operator.mul, torch.mul, "mul") else 1 / float(factor)
+    s, cap, inside = _cap(s)
+    inner += inside
+    if (factor := _factor(s)) is not None:
+        if len(s.users) != 1:
+            return NotAttention(node, "the scores are used elsewhere")
+        scale = factor
         inner.append(s)
-        s = s.args[0]
+        s = s.args[0]  # type: ignore[assignment]
+    elif is_call(s, *PRODUCT_OR_QUOTIENT):
+        return NotAttention(node, "the scores are multiplied by something that is not a constant")
     if not is_call(s, *MATMUL) or len(s.users) != 1:
-        if is_call(out, *MATMUL):
-            what = getattr(s.target, "__name__", s.target) if isinstance(s, Node) else s
-            return NotAttention(node, f"the scores come from `{what}`, not from query x key")
-        return None
+        what = getattr(s.target, "__name__", s.target) if isinstance(s, Node) else s
+        return NotAttention(node, f"the scores come from `{what}`, not from query x key")
     inner.append(s)
     q, k = s.args[:2]
     if any(len(shape(x) or ()) != 4 for x in (q, k, v)):
         return NotAttention(node, "attention over tensors that are not [batch, heads, tokens, channels]")
-    return Attention(out, "softmax", q, k, v, mask, False, scale, False, tuple(inner))
+    return Attention(out, "softmax", q, k, v, mask, False, scale, False, tuple(inner), cap, sinks)
+
+
+def _factor(s: Any) -> float | None:
+    """f for `s = x * f` or `s = x / (1 / f)` with a constant f."""
+    if not is_call(s, *PRODUCT_OR_QUOTIENT) or len(s.args) != 2 or s.kwargs:
+        return None
+    f = s.args[1]
+    if not isinstance(f, (int, float)) or not f:
+        return None
+    return float(f) if s.target in PRODUCT else 1 / float(f)
+
+
+def _cap(s: Any) -> tuple[Any, float, list[Node]]:
+    """(x, cap, nodes) of `s = tanh(x / cap) * cap`; (s, 0, []) if it is none."""
+    cap = _factor(s)
+    if cap is None or not is_call(s.args[0], torch.tanh, F.tanh, "tanh") or cap <= 0:
+        return s, 0.0, []
+    tanh = s.args[0]
+    inside = tanh.args[0] if len(tanh.args) == 1 and not tanh.kwargs else None
+    shrink = _factor(inside)
+    if shrink is None or not math.isclose(shrink * cap, 1.0, rel_tol=1e-6):
+        return s, 0.0, []
+    nodes = [s, tanh, inside]
+    if any(len(n.users) != 1 for n in nodes):
+        return s, 0.0, []
+    return inside.args[0], cap, nodes
+
+
+def _less_the_largest(s: Any) -> tuple[Any, list[Node]]:
+    """(x, nodes) of `s = x - x.max(-1, keepdim=True).values`, which no softmax notices; (s, []) if it is none."""
+    nothing: tuple[Any, list[Node]] = s, []
+    if not is_call(s, operator.sub, torch.sub, "sub") or len(s.args) != 2 or s.kwargs or len(s.users) != 1:
+        return nothing
+    x, most = s.args
+    if not isinstance(x, Node) or not is_call(most, operator.getitem, getattr) or most.args[1] not in (0, "values"):
+        return nothing
+    largest = most.args[0]
+    if not is_call(largest, torch.max, "max"):
+        return nothing
+    bound = dict(zip(("input", "dim", "keepdim"), largest.args, strict=False)) | largest.kwargs
+    if bound["input"] is not x or bound.get("dim") not in (-1, 3) or bound.get("keepdim") is not True:
+        return nothing
+    alone = len(most.users) == len(largest.users) == 1 and set(x.users) == {s, largest}
+    return (x, [s, most, largest]) if alone else nothing
+
+
+def _sinks(joined: Any, softmax: Node) -> tuple[Any, list[Node], Node | None]:
+    """(scores, nodes, sinks) of `softmax(cat([scores, sinks], -1))[..., :-1]`, where sinks [query heads] are spread
+    over rows; (joined, [], None) if it is none."""
+    nothing: tuple[Any, list[Node], None] = joined, [], None
+    cut = _only_user(softmax)
+    if not is_call(cut, operator.getitem) or cut.args[1] != (Ellipsis, slice(None, -1, None)):  # type: ignore[union-attr]
+        return nothing
+    if not is_call(joined, torch.cat):
+        return nothing
+    bound = dict(zip(("tensors", "dim"), joined.args, strict=False)) | joined.kwargs
+    if len(bound["tensors"]) != 2 or bound.get("dim") not in (-1, 3):
+        return nothing
+    scores, spread = bound["tensors"]
+    rows, column = shape(scores), shape(spread)
+    if rows is None or column is None or len(rows) != 4 or not same(column[3], 1) or len(scores.users) != 1:
+        return nothing
+    views, sinks = _spread(spread, rows[1])
+    return (scores, [joined, *views], sinks) if sinks is not None else nothing
+
+
+def _spread(x: Node, heads: object) -> tuple[list[Node], Node | None]:
+    """The views through which x [B, heads, n, 1] repeats a tensor [heads] over B and n, and that tensor."""
+    views = [x]
+    if is_call(x, "expand"):
+        x = x.args[0]  # type: ignore[assignment]
+        views.append(x)
+    if not is_call(x, "reshape", "view", torch.reshape) or shape(x) != (1, heads, 1, 1):
+        return [], None
+    sinks = x.args[0]
+    return (views, sinks) if isinstance(sinks, Node) and shape(sinks) == (heads,) else ([], None)

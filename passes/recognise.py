@@ -133,6 +133,8 @@ def match(index: int, a: Attention) -> Match:
     kp, key = trace_operand(a.k, transposed=a.pattern == "softmax")
     vp, val = trace_operand(a.v, transposed=False)
     pair(a, kp, key, vp, val)
+    if kp.window is not None and (a.cap or a.sinks is not None):
+        raise Decline("capped scores or sinks in attention over a cache's first tokens")
     layer = layer_of(index, a.node, key)
     site = Site(
         index=index,
@@ -145,6 +147,8 @@ def match(index: int, a: Attention) -> Match:
         key=record(key),
         value=record(val),
         where=where(a.node),
+        cap=a.cap,
+        sinks=a.sinks.name if a.sinks is not None else "",
     )
     return Match(site, a, key, val, (*kp.path, *vp.path), kp.window is not None)
 
@@ -171,8 +175,8 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
     dtypes = {value(n).dtype for n in (a.q, key.node, val.node, a.node)}
     if len(dtypes) > 1:
         raise Decline(f"queries, keys, values and output of different dtypes: {sorted(map(str, dtypes))}")
-    if any(n is not None and leads_to(n, {key.node, val.node}) for n in (a.q, a.mask)):
-        raise Decline("the queries or the mask are a view of the cache")
+    if any(n is not None and leads_to(n, {key.node, val.node}) for n in (a.q, a.mask, a.sinks)):
+        raise Decline("the queries, the mask or the sinks are a view of the cache")
     if ks[3] % 4 or vs[3] % 4:
         raise Decline(f"head dimensions {ks[3]} and {vs[3]}: a multiple of 4 is needed")
     if isinstance(key, Buffer) and isinstance(val, Buffer):
@@ -313,9 +317,9 @@ def movable(m: Match, writers: Writers) -> None:
     if written is not None:
         raise Decline(f"`{name(written)}` writes to what is appended, between the append and the attention")
     a = m.attention
-    written = writers.between(min((*a.inner, a.node)), a.node, a.q, a.mask)
+    written = writers.between(min((*a.inner, a.node)), a.node, a.q, a.mask, a.sinks)
     if written is not None:
-        raise Decline(f"`{name(written)}` writes to the queries or the mask within the attention")
+        raise Decline(f"`{name(written)}` writes to the queries, the mask or the sinks within the attention")
 
 
 def without_gradients(found: list[Match | Declined], example_inputs: list) -> list[Match | Declined]:

@@ -182,6 +182,8 @@ class _Rewrite:
                 args += (self.bounds[a.mask],)
             self.check(a.q, a.mask, m.key, checked)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
+            if a.cap or a.sinks is not None:
+                new.kwargs = {"cap": a.cap, "sinks": a.sinks}
         self.rest(m, p, new)
 
     def check(self, q: Node, mask: Node | None, key: Buffer | Concat, checked: bool) -> None:

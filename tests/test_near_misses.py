@@ -557,6 +557,11 @@ MASK = {
 }
 
 
+SINKS = "self.sinks.reshape(1, -1, 1, 1).expand(b, -1, n, -1)"
+JOINED = f"s = torch.cat([s, {SINKS}], -1)"
+SINK = f"torch.cat([s, {SINKS}], -1).softmax(-1)[..., :-1]"
+
+
 def by_hand(*lines: str) -> str:
     """softmax(q k^T * 0.3 + bias) v, with some lines changed: those that assign the same name."""
     plain = [
@@ -649,6 +654,16 @@ ATTENTION = {
     "by hand, F.softmax": same(by_hand("p: p = F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype)")),
     "by hand, softmax in doubles": same(by_hand("p: p = torch.softmax(s, 3, dtype=torch.float64).type_as(q)")),
     "by hand, dropout in eval": same(by_hand("p: p = F.dropout(s.softmax(3), 0.5, self.training)")),
+    "by hand, capped": same(by_hand("scale: s = s * 0.3 / 2.0\ns = torch.tanh(s)\ns = s * 2.0")),
+    "by hand, capped by methods": same(by_hand("scale: s = s.div(4).tanh().mul(4)")),
+    "by hand, largest taken off by max": same(by_hand("p: p = (s - s.max(-1, keepdim=True).values).softmax(-1)")),
+    "by hand, sinks": same(by_hand("p: p = " + SINK)),
+    "by hand, sinks, largest taken off": same(
+        by_hand("p: " + JOINED + "\np = (s - s.max(dim=-1, keepdim=True)[0]).softmax(-1)[..., :-1]")
+    ),
+    "by hand, sinks, capped, dropout": same(
+        by_hand("scale: s = s.div(4).tanh().mul(4)", "p: p = F.dropout(" + SINK + ", 0.5, self.training)")
+    ),
     "by hand, no mask": near(by_hand("bias: ")),
     "by hand, dropout": near(by_hand("p: p = F.dropout(s.softmax(3), 0.5, True)")),
     "by hand, integer scale on the left": near(by_hand("scale: s = 2 * s")),
@@ -671,6 +686,45 @@ ATTENTION = {
     "by hand, where": near(by_hand("bias: s = torch.where(given, s, -1e9)")),
     "by hand, in place": near(by_hand("scale: s *= 0.3", "bias: s += bias")),
     "by hand, softcap": near(by_hand("scale: s = torch.tanh(s * 0.3) * 5")),
+    "by hand, capped below 0": near(by_hand("scale: s = torch.tanh(s / -2.0) * -2.0")),
+    "by hand, capped to one side": near(by_hand("scale: s = torch.tanh(s / 2.0) * -2.0")),
+    "by hand, capped by sigmoid": near(by_hand("scale: s = torch.sigmoid(s / 2.0) * 2.0")),
+    "by hand, capped twice": near(by_hand("scale: s = (s / 2).tanh() * 2\ns = (s / 3).tanh() * 3")),
+    "by hand, capped after the mask": near(by_hand("bias: s = ((s + bias.clamp_min(-20)) / 2).tanh() * 2")),
+    "by hand, tanh used": near(by_hand("scale: t = (s / 2).tanh()\nextra = extra + t.sum()\ns = t * 2")),
+    "by hand, tanh in place": near(by_hand("scale: s = (s / 2).tanh_() * 2")),
+    "by hand, smallest taken off": near(by_hand("p: p = (s - s.min(-2, keepdim=True).values).softmax(-1)")),
+    "by hand, largest of another dimension taken off": near(
+        by_hand("bias: s = s + bias.clamp_min(-20)", "p: p = (s - s.max(-2, keepdim=True).values).softmax(-1)")
+    ),
+    "by hand, index of the largest taken off": near(by_hand("p: p = (s - s.max(-1, keepdim=True)[1]).softmax(-1)")),
+    "by hand, largest of the products taken off": near(
+        by_hand("bias: s = s - s.max(-1, keepdim=True).values + bias"),
+    ),
+    "by hand, largest added": near(by_hand("p: p = (s + s.max(-1, keepdim=True).values).softmax(-1)")),
+    "by hand, sinks first": near(by_hand(f"p: p = torch.cat([{SINKS}, s], -1).softmax(-1)[..., 1:]")),
+    "by hand, sinks, cut at the other end": near(by_hand("p: p = " + SINK.replace(":-1]", "1:]"))),
+    "by hand, sinks, two cut": near(
+        by_hand("p: p = F.pad(" + SINK.replace(":-1]", ":-2]") + ", (0, 1))"),
+    ),
+    "by hand, sinks, two of them": near(by_hand(f"p: p = torch.cat([s, {SINKS[:-3]}2)], -1).softmax(-1)[..., :-2]")),
+    "by hand, sinks, kept": near(
+        by_hand(
+            "p: p = " + SINK.removesuffix("[..., :-1]"),
+            "out: out = p @ torch.cat([values, values[:, :, :1]], 2)",
+        )
+    ),
+    "by hand, sinks, of queries": near(by_hand("p: p = torch.cat([s, s[..., :1]], -1).softmax(-1)[..., :-1]")),
+    "by hand, sinks, from the keys": near(
+        by_hand("p: p = torch.cat([s, keys.mean((2, 3), keepdim=True).expand(b, -1, n, 1)], -1).softmax(-1)[..., :-1]")
+    ),
+    "by hand, sinks, turned round": near(by_hand("p: p = " + SINK.replace("self.sinks", "self.sinks.flip(0)"))),
+    "by hand, sinks, written to": near(
+        by_hand("p: sinks = self.sinks * 1\np = " + SINK.replace("self.sinks", "sinks") + "\nsinks.add_(3)")
+    ),
+    "by hand, sinks, before the mask": near(
+        by_hand("bias: " + JOINED, "p: p = (s + F.pad(bias, (0, 1))).softmax(-1)[..., :-1]")
+    ),
     "by hand, scores used": near(by_hand("bias: extra = extra + s.sum()\ns = s + bias")),
     "by hand, products used": near(by_hand("scale: extra = extra + s.sum()\ns = s * 0.3")),
     "by hand, weights used": near(by_hand("out: extra = extra + p.amax()\nout = p @ values")),
@@ -1009,6 +1063,7 @@ class Layer(nn.Module):
         )
         self.place = nn.Parameter(torch.randn(s.length, 8))
         self.bias = nn.Parameter(torch.randn(s.h * s.g, 1, 1))
+        self.sinks = nn.Parameter(torch.linspace(-1, 2, s.h * s.g))
         self.factor = nn.Parameter(torch.tensor(0.3))
         for name in ("count", "ticks"):
             self.register_buffer(name, torch.tensor(0))

@@ -98,6 +98,29 @@ def test_positions_before_the_end_hide_what_follows_them(device, start):
     assert error(out, expected) < 1e-5
 
 
+@pytest.mark.parametrize("cached, n, splits", ((110, 2, 3), (110, 40, 1), (0, 5, 2)))
+@pytest.mark.parametrize("cap, shares", ((0.3, False), (0.0, True), (0.6, True)))
+def test_capped_scores_and_sinks(device, cached, n, splits, cap, shares):
+    """Against attention written out over the decoded cache; a share of the softmax has no value."""
+    q, ka, va, kn, vn, kl, vl = pair(cached, n)
+    shares = torch.tensor([-1.0, 2.0]) if shares else None
+    k, v = (
+        torch.cat([reference.read(a, form, 0, cached), x], 2).repeat_interleave(2, 1)
+        for a, x, form in ((ka, kn, kl), (va, vn, vl))
+    )
+    s = q @ k.transpose(-1, -2) * 0.2
+    s = torch.tanh(s / cap) * cap if cap else s
+    s = s.masked_fill(~torch.ones(n, cached + n, dtype=torch.bool).tril(cached), -torch.inf)
+    if shares is not None:
+        s = torch.cat([s, shares[None, :, None, None].expand(2, -1, n, 1)], -1)
+    expected = torch.softmax(s, -1)[..., : cached + n] @ v
+    call = (None, None, True, 0.2, kl, vl, cap)
+    assert error(reference.attend(q, ka, va, kn, vn, *call, shares), expected) < 1e-5
+    inputs = [x.to(device) for x in (q, ka, va, kn, vn)]
+    shares = shares if shares is None else shares.to(device)
+    assert error(launch.attend(*inputs, *call, shares, splits=splits), expected) < 1e-5
+
+
 @pytest.mark.parametrize("sinks", ((0, 0), (7, 7), (4, 0), (0, 37)))
 def test_any_sinks(device, sinks):
     q, ka, va, kn, vn, kl, vl = pair(110, 2, *sinks)

@@ -72,36 +72,41 @@ def window(kind: str, batch: int, heads: int, n: int, cached: int, dtype: torch.
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) if kind.endswith("add") else seen
 
 
-def difference(device, kl, vl, groups, cached, n, mask, splits, tiles=None, batch=2):
+def difference(device, kl, vl, groups, cached, n, mask, splits, tiles=None, batch=2, cap=0.0, shares=False):
     """The relative error of the kernel's fp32 output; both caches are filled with fresh random contents."""
     dtype, heads = kl.dtype, kl.heads
     kx, vx = keys(batch, heads, cached + n, kl.channels, dtype), values(batch, heads, cached + n, vl.channels, dtype)
     ka, va = filled(cached, cached + n + 40, kx, kl), filled(cached, cached + n + 40, vx, vl)
     q = values(batch, heads * groups, n, kl.channels, dtype)
     new = kx[:, :, cached:], vx[:, :, cached:]
-    rest = (None, mask == "causal", kl.channels**-0.5 / 2, kl, vl)
+    sinks = torch.linspace(-2, 6, heads * groups).to(q.dtype) if shares else None
+    rest = (None, mask == "causal", kl.channels**-0.5 / 2, kl, vl, cap)
     seen = window(mask, batch, heads * groups, n, cached, q.dtype)
-    expected = exact(q, ka, va, new, seen, rest)
-    on_device = [x if x is None else x.to(device) for x in (q, ka, va, *new, seen)]
+    expected = exact(q, ka, va, new, seen, rest, sinks)
+    on_device = [x if x is None else x.to(device) for x in (q, ka, va, *new, seen, sinks)]
     out = torch.full(expected.shape, torch.nan, dtype=torch.float32, device=device)
-    launch.attend(*on_device, *rest, splits=splits, tiles=tiles, out=out)
+    launch.attend(*on_device[:6], *rest, on_device[6], splits=splits, tiles=tiles, out=out)
     return error(out, expected)
 
 
-def exact(q, ka, va, new, seen, rest):
+def exact(q, ka, va, new, seen, rest, sinks=None):
     """Attention in float64 over what the arenas hold, decoded."""
-    _, causal, scale, kl, vl = rest
+    _, causal, scale, kl, vl, cap = rest
     length = reference.lengths(reference.views(ka, kl))[0]
     k = torch.cat([decoded(ka, kl, length), new[0].double()], 2)
     v = torch.cat([decoded(va, vl, length), new[1].double()], 2)
     groups, n, total = q.shape[1] // kl.heads, q.shape[2], k.shape[2]
     s = q.double() @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+    if cap:
+        s = torch.tanh(s / cap) * cap
     if seen is not None:
         seen = seen[..., :total]
         s = s.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else s + seen.double()
     elif causal:
         s = s.masked_fill(~torch.ones(n, total, dtype=torch.bool, device=s.device).tril(total - n), -torch.inf)
-    return torch.softmax(s, -1).nan_to_num(0.0) @ v.repeat_interleave(groups, 1)
+    if sinks is not None:
+        s = torch.cat([s, sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    return torch.softmax(s, -1)[..., :total].nan_to_num(0.0) @ v.repeat_interleave(groups, 1)
 
 
 def decoded(data, layout, length):
@@ -129,6 +134,22 @@ def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, group
     kl, vl = layout(k, heads, dk, dtype, 16, sink), layout(v, heads, dv, dtype, 16, sink, recent=30)
     assert decoding.tiles(form(kl), form(vl), n * groups, getattr(torch, dtype)) is not None
     assert difference(device, kl, vl, groups, cached, n, mask, splits) < tolerance(kl, vl)
+
+
+@pytest.mark.parametrize("cap, shares", [(0.7, False), (0.0, True), (3.0, True)])
+@pytest.mark.parametrize(
+    "k, v, groups, cached, n, mask, splits",
+    [
+        ("int4z.64x1", "int4z.1x64", 4, 300, 1, "none", 1),
+        ("int4z.64x1", "int4z.1x64", 2, 300, 3, "add_h", 3),
+        ("int8.1x64", "int8.1x64", 3, 200, 1, "causal", 2),
+        ("int2z.32x1", "raw", 4, 400, 1, "padded", 2),
+        ("raw", "raw", 4, 0, 1, "none", 1),
+    ],
+)
+def test_capped_scores_and_sinks(device, k, v, groups, cached, n, mask, splits, cap, shares):
+    kl, vl = layout(k, 2, 64, "float16", 16, 4), layout(v, 2, 64, "float16", 16, 4, recent=30)
+    assert difference(device, kl, vl, groups, cached, n, mask, splits, cap=cap, shares=shares) < tolerance(kl, vl)
 
 
 def test_what_the_kernel_takes():
@@ -189,7 +210,7 @@ def test_new_tokens_at_any_address(device):
     ka, va = filled(200, 240, kx, kl), filled(200, 240, vx, vl)
     q = values(1, 4, 1, 64, "float16")
     shifted = [torch.nn.functional.pad(x[:, :, 200:], (1, 2)).to(device)[..., 1:-2] for x in (kx, vx)]
-    rest = (None, True, 0.2, kl, vl)
+    rest = (None, True, 0.2, kl, vl, 0.0)
     out = launch.attend(q.to(device), ka.to(device), va.to(device), *shifted, None, *rest, splits=2)
     assert error(out, exact(q, ka, va, (kx[:, :, 200:], vx[:, :, 200:]), None, rest)) < 1e-3
 
@@ -242,7 +263,7 @@ def test_accuracy_at_every_length(bits, dtype, kind, record_property):
         launch.append(va, vx, vl, None)
         q, vn = (torch.randn(1, h, 1, d, device="cuda").to(kx.dtype) for h in (4 * heads, heads))
         scale = d**-0.5 * (4 if kind == "peaked" else 1 / 8)
-        expected = exact(q, ka, va, (kn, vn), None, (None, True, scale, kl, vl))
+        expected = exact(q, ka, va, (kn, vn), None, (None, True, scale, kl, vl, 0.0))
         for splits in (1, 2, 8, 64, None):
             out = torch.empty(expected.shape, dtype=torch.float32, device="cuda")
             launch.attend(q, ka, va, kn, vn, None, None, True, scale, kl, vl, splits=splits, out=out)
