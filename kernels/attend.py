@@ -99,7 +99,7 @@ def soft_step(q, k, v, seen, bias, scale, m, mass, acc, CAP: tl.constexpr, DOT: 
 @triton.jit
 def tile_step(
     KIND: tl.constexpr, p0, q, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_stride, h, NK, NV,
-    length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
+    hidden, length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DOT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def tile_step(
         k = load_tokens(k_arena, k_new, k_stride, h, NK, length, k_encoded, total, p0, dk, True, BN, K)
         v = load_tokens(v_arena, v_new, v_stride, h, NV, length, v_encoded, total, p0, dv, ALIGNED, BN, V)
     p = p0 + tl.arange(0, BN)
-    seen = ((p >= 0) & (p < total))[None, :]
+    seen = ((p >= hidden) & (p < total))[None, :]
     bias = 0.0
     if MASK != NO_MASK:
         cell = tl.load(mask_rows[:, None] + p.to(tl.int64)[None, :] * mask_stride, mask=seen, other=0)
@@ -130,19 +130,20 @@ def tile_step(
     return soft_step(q, k, v, seen, bias, scale, m, mass, acc, CAP, DOT)
 
 
-@triton.jit(do_not_specialize=["NK", "NV", "n", "S", "width", "mask_b", "mask_h", "mask_n", "mask_p"])
+@triton.jit(do_not_specialize=["NK", "NV", "n", "S", "shown", "width", "mask_b", "mask_h", "mask_n", "mask_p"])
 def attend_split(
-    q, k_new, v_new, mask, sinks, positions, out, lse, k_data, v_data, scale, n, S, NK, NV, k_row, v_row, width,
+    q, k_new, v_new, mask, sinks, positions, out, lse, k_data, v_data, scale, n, S, shown, NK, NV, k_row, v_row, width,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
     G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, CHUNK: tl.constexpr,
-    DIRECT: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    DIRECT: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DOT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Program: (BM query rows, batch row and kv head, split).
 
     PLACED: positions are given. CHUNK: there may be whole tiles of new tokens. DIRECT: S is 1 and `out`
     [B, query heads, n, Dv] is final; otherwise out is fp32 [S, B * H * n * G, Dv] and lse [S, B * H * n * G].
-    SINKS: `sinks` [query heads] are given.
+    SINKS: `sinks` [query heads] are given. WINDOW: only the last `shown` cached tokens are seen, and the mask begins at
+    the first of them.
     """
     ORIGIN: tl.constexpr = origin(K, BN)
     b, h = tl.program_id(1) // K.heads, tl.program_id(1) % K.heads
@@ -158,9 +159,12 @@ def attend_split(
     length, k_encoded, v_encoded, fault = cache_lengths(k_arena, v_arena, h, positions, PLACED, K, V)
     total = length + n
     end = total
+    hidden = 0
+    if WINDOW:
+        hidden = tl.maximum(length - shown, 0)
     if MASK != NO_MASK:
-        fault = fault | (width < total)
-        end = tl.minimum(end, width)
+        fault = fault | (width + hidden < total)
+        end = tl.minimum(end, width + hidden)
         total = end
     elif CAUSAL:
         end = tl.minimum(total, length + (tl.program_id(0) * BM + BM - 1) // G + 1)
@@ -180,6 +184,8 @@ def attend_split(
     live = (r < rows)[:, None]
     x = tl.load(q_rows[:, None] + d[None, :], mask=live & (d < K.channels)[None, :], other=0.0).to(DOT)
     mask_rows = mask + b * mask_b + (h * G + g) * mask_h + tl.minimum(i, n - 1).to(tl.int64) * mask_n
+    if WINDOW:
+        mask_rows -= tl.cast(hidden, tl.int64) * mask_p
     m = tl.full([BM], float("-inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DV], tl.float32)
@@ -189,13 +195,15 @@ def attend_split(
     for tile in tl.range(lo, tl.minimum(lo + share, last_body), num_stages=2):
         m, mass, acc = tile_step(
             BODY, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
+            hidden, length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
+            MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
         )  # fmt: skip
     for turn in tl.range(split, first_body + first_new - last_body, S, num_stages=1):
         tile = tl.where(turn < first_body, turn, turn - first_body + last_body)
         m, mass, acc = tile_step(
             MIXED, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-            length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
+            hidden, length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
+            MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
         )  # fmt: skip
     if CHUNK:
         share = (last - first_new + S - 1) // S
@@ -203,7 +211,8 @@ def attend_split(
         for tile in tl.range(lo, tl.minimum(lo + share, last), num_stages=2):
             m, mass, acc = tile_step(
                 NEW, ORIGIN + tile * BN, x, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, h, NK, NV,
-                length, k_encoded, v_encoded, total, i, scale, m, mass, acc, MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
+                hidden, length, k_encoded, v_encoded, total, i, scale, m, mass, acc,
+            MASK, CAUSAL, CAP, BN, DK, DV, DOT, K, V,
         )  # fmt: skip
 
     if SINKS:

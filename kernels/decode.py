@@ -36,17 +36,17 @@ from kvc_compile.kernels.mixed import mixed_tile
 
 
 @triton.jit(
-    do_not_specialize=["NK", "NV", "n", "S", "S1", "S2", "width", "mask_b", "mask_h", "mask_n", "mask_p"]
+    do_not_specialize=["NK", "NV", "n", "S", "S1", "S2", "shown", "width", "mask_b", "mask_h", "mask_n", "mask_p"]
     + ["see_b", "see_h", "see_n"]
 )
 def decode_split(
-    q, k_new, v_new, mask, bounds, sinks, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, NK, NV,
+    q, k_new, v_new, mask, bounds, sinks, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, shown, NK, NV,
     k_row, v_row, width, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
     see_b, see_h, see_n,
     G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, DIRECT: tl.constexpr,
-    CAP: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, MIX: tl.constexpr,
-    CK: tl.constexpr, CV: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-    EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    TP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr, EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Program: (split, batch row and kv head). Arguments and results as those of `attend.attend_split`.
 
@@ -83,11 +83,16 @@ def decode_split(
     end = tl.full([BM], 0, tl.int32) + total
     plain = True
     mask_rows = mask + b * mask_b + (h * G + g) * mask_h + i.to(tl.int64) * mask_n
+    hidden = 0
+    if WINDOW:
+        hidden = tl.maximum(length - shown, 0)
+        mask_rows -= tl.cast(hidden, tl.int64) * mask_p
+        first += hidden
     if MASK != NO_MASK:
-        fault = fault | (width < total)
+        fault = fault | (width + hidden < total)
         at = bounds + b * see_b + (h * G + g) * see_h + i.to(tl.int64) * see_n
-        first = tl.load(at)
-        end = tl.load(at + 1)
+        first += tl.load(at)
+        end = tl.load(at + 1) + hidden
         fault = fault | (tl.max(tl.where(live, end, 0), 0) > total)  # it shows what the cache does not hold
         end = tl.minimum(end, total)
         plain = tl.min(tl.where(live, tl.load(at + 2), 1), 0) != 0
@@ -170,7 +175,7 @@ def decode_split(
         m, mass, middles, acc = mixed_tile(
             ORIGIN + tile * MIX, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, live, first, end,
             h, NK, NV, length, k_encoded, v_encoded, total, i, x, factor, sums, m, mass, middles, acc,
-            MASK, CAUSAL, CAP, MIX, CK, CV, BM, WIDE, ASM, K, V,
+            MASK, CAUSAL, CAP, WINDOW, MIX, CK, CV, BM, WIDE, ASM, K, V,
         )  # fmt: skip
 
     if EARLY:  # `merge` may start

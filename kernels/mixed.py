@@ -130,8 +130,9 @@ def token_pairs(stored, p0, encoded, OTHER: tl.constexpr, MIX: tl.constexpr, F: 
 def mixed_tile(
     p0, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_p, live, first, end, h, NK, NV,
     length, k_encoded, v_encoded, total, i, q, factor, sums, m, mass, sides, acc,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr,
-    CV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr,
+    CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
     """MIX tokens from position p0 on, wherever they lie: the new (m, mass [BM], sides of [BM], acc)."""
     KC: tl.constexpr = K.channels // CK
@@ -140,8 +141,9 @@ def mixed_tile(
     ck, cv = tl.arange(0, CK), tl.arange(0, CV)
     p = p0 + tl.arange(0, MIX)
     seen = ((p >= 0) & (p < total))[:, None] & live[None, :]
-    if MASK != NO_MASK:
+    if MASK != NO_MASK or WINDOW:
         seen = seen & (p[:, None] >= first[None, :]) & (p[:, None] < end[None, :])
+    if MASK != NO_MASK:
         cell = tl.load(mask_rows[None, :] + p.to(tl.int64)[:, None] * mask_p, mask=seen, other=0)
     k, v, k_pairs, v_pairs = (), (), (), ()
     # a block of keys with a scale covers the tile, so that all of it is encoded, or nothing

@@ -406,6 +406,7 @@ def attend(
     v_layout: Layout,
     cap: float = 0.0,
     sinks: Tensor | None = None,
+    shown: int | None = None,
     attend_body=attend_body,
 ) -> Tensor:
     """Attention of the new queries over what the cache holds and over the new tokens themselves, which are exact.
@@ -415,7 +416,8 @@ def attend(
     bool (True: visible) or additive; it must hide every position from L+n on. Without a mask, `causal` says whether
     query i sees positions up to L+i or all of them. cap: before the mask, scores s become cap * tanh(s / cap), as in
     Gemma 2 (arXiv:2408.00118). sinks [query heads]: a score each that takes its share of the softmax and has no value,
-    as in gpt-oss (arXiv:2508.10925). Returns [B, query heads, n, Dv] in q's dtype.
+    as in gpt-oss (arXiv:2508.10925). shown: how many cached tokens are seen, the last ones, if not all: the mask, then
+    [b, h, n, W >= shown+n], begins at the first of them. Returns [B, query heads, n, Dv] in q's dtype.
     """
     kv, vv = views(k_data, k_layout), views(v_data, v_layout)
     k_length, k_encoded = lengths(kv)
@@ -425,11 +427,15 @@ def attend(
         raise ValueError(f"attention from position {length} of a cache of {k_length} keys and {v_length} values")
     batch, heads, n, _ = q.shape
     groups, total = heads // k_layout.heads, length + n
+    hidden = 0 if shown is None else max(0, length - shown)
     if mask is not None:
-        check_mask(mask, total)
-        mask = mask[..., :total]
-    elif causal:
-        mask = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(length)[None, None]
+        check_mask(mask, total - hidden)
+        mask = mask[..., : total - hidden]
+        if hidden:
+            mask = F.pad(mask, (hidden, 0), value=False if mask.dtype == torch.bool else -torch.inf)
+    elif causal or hidden:
+        mask = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(length if causal else total)[None, None]
+        mask[..., :hidden] = False
     if length == 0 and not cap and sinks is None:  # a first chunk: plain attention, and its numerics
         return F.scaled_dot_product_attention(
             q, k_new, v_new, attn_mask=mask, scale=scale, enable_gqa=groups > 1
@@ -443,7 +449,7 @@ def attend(
     sink = k_layout.sink
     body = max(0, min(k_encoded, v_encoded, length - sink)) // unit * unit if same else 0
     parts = []
-    for first in range(0, body, SPAN):
+    for first in range(max(0, hidden - sink) // unit * unit, body, SPAN):
         last = min(first + SPAN, body)
         stored = *body_slices(kv, k_layout, first, last), *body_slices(vv, v_layout, first, last)
         window = None if mask is None else mask[..., sink + first : sink + last]

@@ -60,17 +60,16 @@ def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) ->
 def attend(
     q: Tensor, k_data: Tensor, v_data: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None,
     positions: Tensor | None, causal: bool, scale: float, k_layout: Layout, v_layout: Layout, cap: float = 0.0,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, shown: int | None = None,
 ) -> Tensor:  # fmt: skip
     start = start_of(positions, k_new.shape[2])
-    plain = not cap and sinks is None
+    plain = not cap and sinks is None and shown is None
     if plain and native.attends(q, k_data, k_layout, v_layout) and start != 0:
         out = native.attend(q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout)
         if out is not None:
             return out
-    return reference.attend(
-        q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout, cap, sinks, attend_body
-    )
+    where = q, k_data, v_data, k_new, v_new, mask, start, causal, scale, k_layout, v_layout
+    return reference.attend(*where, cap, sinks, shown, attend_body)
 
 
 def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:

@@ -99,6 +99,7 @@ def attend(
     v_layout: Layout,
     cap: float = 0.0,
     sinks: Tensor | None = None,
+    shown: int | None = None,
     splits: int | None = None,
     tiles: decoding.Tiles | None = None,
     out: Tensor | None = None,
@@ -152,7 +153,8 @@ def attend(
     )  # fmt: skip
     variant = {
         "G": groups, "MASK": kind.value, "CAUSAL": causal, "PLACED": positions is not None, "DIRECT": splits == 1,
-        "CAP": cap, "SINKS": sinks is not None, "K": k_form, "V": v_form,
+        "CAP": cap, "SINKS": sinks is not None, "WINDOW": shown is not None, "K": k_form,
+        "V": v_form,
     }  # fmt: skip
     interpreted_bf16 = interpreted() and q.dtype == torch.bfloat16  # the interpreter computes bf16 wrongly
     early = tiles is not None and splits > 1 and launches_early(q.device)
@@ -160,16 +162,16 @@ def attend(
         if tiles:
             apart = decoding.apart(tiles, others, splits, room)
             D.decode_split[splits, programs](
-                q, k_new, v_new, view, seen, share, place, parts, lse, k_data, v_data, scale, n, splits, *apart, *sizes,
-                *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
+                q, k_new, v_new, view, seen, share, place, parts, lse, k_data, v_data, scale, n, splits, *apart,
+                shown or 0, *sizes, *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
                 BM=tiles.BM, BT=tiles.BT, TP=tiles.TP, MIX=16, CK=tiles.CK, CV=tiles.CV, STAGES=tiles.stages,
                 WIDE=tl.float32 if interpreted_bf16 else DOT[q.dtype], ASM=not interpreted(), EARLY=early,
                 num_warps=tiles.warps,
             )  # fmt: skip
         else:
             T.attend_split[blocks, batch * k_form.heads, splits](
-                q, k_new, v_new, view, share, place, parts, lse, k_data, v_data, scale, n, splits, *sizes, **variant,
-                CHUNK=n >= bn, BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
+                q, k_new, v_new, view, share, place, parts, lse, k_data, v_data, scale, n, splits, shown or 0,
+                *sizes, **variant, CHUNK=n >= bn, BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
                 DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=warps,
             )  # fmt: skip
         if splits > 1:

@@ -162,6 +162,7 @@ def attend(
     bounds: Tensor | None = None,
     cap: float = 0.0,
     sinks: Tensor | None = None,
+    shown: int | None = None,
 ) -> Tensor:
     """Attention of q [B, query heads, n, Dk] over the cache and the new tokens; see `kernels.reference.attend`.
 
@@ -171,7 +172,7 @@ def attend(
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, q.shape[2], -1)
         mask = mask.float() if mask.dtype == torch.float64 else mask
-    args = q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v, cap, sinks
+    args = q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k, v, cap, sinks, shown
     return _kernels().attend(*args, bounds=bounds) if q.is_cuda else cpu.attend(*args)
 
 

@@ -1,4 +1,4 @@
-"""Finding what an operand of attention reads: the cache tensor, its append, and everything else that touches it.
+"""Cache tensors: what each is, its append, and everything else that touches it.
 
 A cache tensor is one of
 - a buffer (a placeholder, or zeros made here) that one append writes in place: `index_copy_(2, positions, x)`,
@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from kvc_compile.passes.fx import is_call, same, same_shape, shape, source, value, writes
-from kvc_compile.passes.views import FULL, Peeled, dims, peel
+from kvc_compile.passes.views import FULL, dims
 
 SIZES = ("size", "numel", "dim", "stride", "is_contiguous")
 ZEROS = (torch.zeros, "new_zeros")
@@ -47,7 +47,7 @@ class Buffer:
     consecutive: bool  # proved from the graph: positions = p, p+1, ...
     x: Node
     metadata: tuple[Node, ...]
-    views: tuple[Node, ...] = ()  # that only the append uses
+    views: tuple[Node, ...] = ()  # that only the append uses, or attention with it
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,6 @@ def kind(c: Buffer | Concat) -> str:
     if isinstance(c, Buffer):
         return "born" if c.born else "static"
     return "grown" if c.past is not None and hasattr(value(c.past), "arena") else "fresh"
-
-
-def trace_operand(operand: Node, transposed: bool) -> tuple[Peeled, Buffer | Concat]:
-    """The cache tensor behind an operand of attention, or `Decline`."""
-    peeled = peel(operand)
-    node = peeled.source
-    if peeled.transposed != transposed:
-        raise Decline(f"{operand} is transposed in a way that is not a key's")
-    if is_call(node, "index_copy_") and isinstance(node.args[0], Node):  # its result is the buffer itself
-        node = node.args[0]
-    if not isinstance(node, Node):
-        raise Decline(f"{operand} is not a tensor of this graph")
-    if is_call(node, torch.cat):
-        return peeled, read_concat(node)
-    if node.op == "placeholder" or is_call(node, *ZEROS):
-        return peeled, read_buffer(node)
-    name = getattr(node.target, "__name__", node.target)
-    raise Decline(f"{operand} goes through `{name}`, which is no view of a cache known here")
 
 
 def read_buffer(node: Node) -> Buffer:
@@ -257,3 +239,8 @@ def size_value(size: Any, placeholders: list[Node]) -> Any:
             if isinstance(s, torch.SymInt) and s.node.expr == v.node.expr:
                 return p
     raise Decline(f"the size {v} of a cache is used, and is no input of the graph")
+
+
+def size_of(cache: Node, placeholders: list[Node]) -> int | Node:
+    """The number of tokens of a cache tensor: a constant, or the input of its symbol."""
+    return size_value(shape(cache)[2], placeholders)  # type: ignore[index]

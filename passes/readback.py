@@ -10,7 +10,7 @@ tensor may be a temporary: `read(arena)`, to which the graph's own append is app
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -27,11 +27,10 @@ from kvc_compile.passes.caches import (
     check_window,
     kind,
     read_buffer,
-    read_concat,
-    size_value,
+    size_of,
 )
 from kvc_compile.passes.fx import is_call, output, shape, source, value
-from kvc_compile.passes.windows import last_tokens, read_window
+from kvc_compile.passes.windows import read_window, sliding
 
 
 class NoCache(Decline):
@@ -137,9 +136,8 @@ class Readers:
     def cache(self, node: Node) -> Buffer | Concat | None:
         try:
             if is_call(node, torch.cat):
-                kept = [u for u in node.users if last_tokens(u) and self.out in u.users]
-                if self.out in node.users or len(kept) == 1:
-                    return replace(read_concat(node), kept=None if self.out in node.users else kept[0])
+                c = sliding(node)
+                return c if c.kept is not None or self.out in node.users else None
             v = value(node)
             buffer = node.op == "placeholder" or is_call(node, *ZEROS)
             if buffer and isinstance(v, torch.Tensor) and v.dim() == 4 and v.dtype.is_floating_point:
@@ -188,8 +186,3 @@ def after_softmax(attention: Node) -> list[Node]:
         if found:
             break
     return found
-
-
-def size_of(cache: Node, placeholders: list[Node]) -> int | Node:
-    """The number of tokens of a cache tensor: a constant, or the input of its symbol."""
-    return size_value(shape(cache)[2], placeholders)  # type: ignore[index]

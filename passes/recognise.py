@@ -6,7 +6,9 @@ The rules of legality, all of them here. An attention is a site if
  3. query heads are KV heads x repetition, in the order of `repeat_kv`;
  4. every use of the cache tensor is its append, a view that ends in an attention, a size, or the graph's output;
     each use that reads comes after the append;
- 5. the mask is a tensor over all positions of the cache, or absent where the cache has no empty positions;
+ 5. the mask is a tensor over all positions of the cache, or absent where the cache has no empty positions; attention
+    over a sliding window is attention over what the caller saw of it before, or all that of but the oldest token, and
+    over the new tokens;
     attention over a buffer's first n tokens, n as many as are appended, is attention over the new tokens alone: then
     the positions must start at 0, which a new buffer proves and the graph otherwise asserts;
  6. nothing between the append and the attention writes to what is appended;
@@ -35,8 +37,8 @@ from kvc_compile.passes.caches import (
     check_window,
     kind,
     read_sizes,
+    size_of,
     size_value,
-    trace_operand,
 )
 from kvc_compile.passes.fx import (
     is_call,
@@ -50,8 +52,10 @@ from kvc_compile.passes.fx import (
     value,
     where,
 )
+from kvc_compile.passes.operands import trace_operand
 from kvc_compile.passes.readback import NoCache, Readers, after_softmax
 from kvc_compile.passes.views import Peeled
+from kvc_compile.passes.windows import last_tokens
 from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 
 
@@ -78,7 +82,7 @@ def recognise(gm: GraphModule) -> list[Match | Declined]:
             matches.append(Declined(index, a.node.name, a.reason, where(a.node)))
             continue
         try:
-            m = match(index, a)
+            m = match(index, a, writers)
             movable(m, writers)
             matches.append(m)
         except Decline as e:
@@ -129,9 +133,9 @@ def read_back(d: Declined, readers: Readers) -> Match | Declined:
     return Match(site, None, pair.key, pair.value)
 
 
-def match(index: int, a: Attention) -> Match:
-    kp, key = trace_operand(a.k, transposed=a.pattern == "softmax")
-    vp, val = trace_operand(a.v, transposed=False)
+def match(index: int, a: Attention, writers: Writers) -> Match:
+    kp, key = trace_operand(a.k, a.pattern == "softmax", writers)
+    vp, val = trace_operand(a.v, False, writers)
     pair(a, kp, key, vp, val)
     if kp.window is not None and (a.cap or a.sinks is not None):
         raise Decline("capped scores or sinks in attention over a cache's first tokens")
@@ -192,6 +196,10 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
             if not (same(size(kp.window), kx[2]) and same(size(vp.window), kx[2])):
                 raise Decline(f"attention reads the first {kp.window} tokens of a cache to which {kx[2]} are appended")
             ks = (*ks[:2], kx[2], ks[3])
+        elif key.positions is None:
+            if a.causal:
+                raise Decline("is_causal over a window counts from its first key, not from the last")
+            ks = (*ks[:2], ks[2] - 1 + kx[2], ks[3])
         elif a.mask is None:
             raise Decline("no mask over a static cache: attention reads its empty positions too")
         elif a.causal:
@@ -201,6 +209,8 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
     if isinstance(key, Concat) and isinstance(val, Concat):
         if kind(key) != kind(val) or (key.past is None) != (val.past is None):
             raise Decline("keys and values are not two caches of the same kind")
+        if (key.kept and last_tokens(key.kept)) != (val.kept and last_tokens(val.kept)):
+            raise Decline("keys and values slide by different windows")
         if a.causal and key.past is not None:
             raise Decline("is_causal over a cache with history counts from the first key, not from the last")
     if a.mask is not None:
@@ -275,10 +285,18 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
         allowed.update((c.append, *c.views))
         if c.append.op == "call_method":  # index_copy_ returns the buffer
             roots.append(c.append)
+        if c.positions is None:
+            roots += c.views
+    elif c.kept is not None:
+        allowed.add(c.kept)
+        roots.append(c.kept)
     for root in roots:
         for user in root.users:
-            if isinstance(c, Concat) and c.past is None and is_call(user, *SIZES):
-                continue  # the concatenation itself stays in the graph
+            if isinstance(c, Concat) and is_call(user, *SIZES):
+                if c.past is None:  # the concatenation itself stays in the graph
+                    continue
+                if all(u in span or u in sizes for sizes in [read_sizes(user)] for n in sizes for u in n.users):
+                    continue  # it only says how large a view of the cache is
             if user not in allowed:
                 raise Decline(f"{what} is also used by `{getattr(user.target, '__name__', user.target)}`")
             if isinstance(c, Buffer) and user in span and position[user] < position[c.append]:
@@ -291,6 +309,8 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
             raise Decline(f"a view of {what} is returned")
     if isinstance(c, Concat) and c.past is not None:
         check_window(c)
+        if c.kept is not None:
+            size_of(c.past, list(out.graph.find_nodes(op="placeholder")))
         for user in c.past.users:
             if user is not c.node and user not in c.metadata:
                 name = getattr(user.target, "__name__", user.target)
@@ -303,7 +323,7 @@ def check_cache(c: Buffer | Concat, span: set[Node], position: dict[Node, int], 
             left = [u for u in n.users if not (isinstance(value(n), torch.Size) and is_call(u, operator.getitem))]
             if left:
                 size_value(n, placeholders)
-    if isinstance(c, Concat) and out not in c.node.users:
+    if isinstance(c, Concat) and out not in c.returned.users:
         raise Decline(f"{what} is not returned to the caller, so nothing keeps it")
 
 

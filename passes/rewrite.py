@@ -33,10 +33,21 @@ from kvc_compile.lowering import checks
 from kvc_compile.lowering.bounds import bounds
 from kvc_compile.lowering.decoding import takes
 from kvc_compile.passes.alias import Writers, leads_to
-from kvc_compile.passes.caches import Buffer, Concat, Span, born_sizes, consecutive, kind, read_sizes, size_value
+from kvc_compile.passes.caches import (
+    SIZES,
+    Buffer,
+    Concat,
+    Span,
+    born_sizes,
+    consecutive,
+    kind,
+    read_sizes,
+    size_of,
+    size_value,
+)
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
-from kvc_compile.passes.readback import size_of
 from kvc_compile.passes.recognise import Match
+from kvc_compile.passes.windows import last_tokens
 from kvc_compile.plan import SLACK, Plan, SitePlan, window_row_bytes
 
 SITE = "kvc_site"  # in the meta of a node that stands in an attention's place: the attention's index
@@ -182,9 +193,15 @@ class _Rewrite:
                 args += (self.bounds[a.mask],)
             self.check(a.q, a.mask, m.key, checked)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
-            if a.cap or a.sinks is not None:
-                new.kwargs = {"cap": a.cap, "sinks": a.sinks}
+            rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
+            new.kwargs = {name: x for name, x in rest.items() if x is not None}
         self.rest(m, p, new)
+
+    def shown(self, c: Buffer | Concat) -> Any:
+        """How many cached tokens attention sees, if not all: a sliding window's arena holds some more."""
+        if isinstance(c, Concat):
+            return None if c.kept is None else size_of(c.past, self.placeholders)  # type: ignore[arg-type]
+        return None if c.positions is not None else shape(c.node)[2] - 1  # type: ignore[index]
 
     def check(self, q: Node, mask: Node | None, key: Buffer | Concat, checked: bool) -> None:
         """Assert on a GPU what an operator there cannot raise. checked: this attention's kernel checks the mask."""
@@ -343,10 +360,12 @@ class _Rewrite:
                     arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
             if isinstance(c, Buffer):
                 self.dead = [c.append, *self.dead, *c.views]
-                c.append.meta["kvc_erase"] = True
+                for n in (c.append, *c.views):
+                    n.meta["kvc_erase"] = bool(writes(n))
             else:
                 self.grown(c, arena, layout, m, role)
-                self.dead.append(c.node)
+                sizes = [n for u in c.node.users if is_call(u, *SIZES) for n in read_sizes(u)]
+                self.dead += [*sizes, c.returned, c.node]
         self.out.args = (tuple(self.returned),)
         for n in [n for n in self.dead if n.meta.get("kvc_erase")]:
             n.replace_all_uses_with(n.args[0])  # type: ignore[arg-type]
@@ -364,15 +383,19 @@ class _Rewrite:
 
     def slid(self, i: int, c: Concat, arena: Node, past: int, layout: Layout, m: Match, role: str) -> None:
         """Output i is a sliding window: the last tokens of an arena that holds some more."""
-        sizes: list[Any] = []
-        for node in (c.returned, c.x):
-            n: Any = shape(node)[2]  # type: ignore[index]
+        appended, kept = shape(c.x)[2], shape(c.returned)[2]  # type: ignore[index]
+        with self.graph.inserting_before(self.out):
+            n: Any = appended
             if not isinstance(n, int):
-                with self.graph.inserting_before(self.out):
-                    size = self.graph.call_method("size", (node, 2))
-                    copy_meta(size, node, n)
-                n = size
-            sizes.append(self.number(n))
+                n = self.graph.call_method("size", (c.x, 2))
+                copy_meta(n, c.node, appended)
+            if not isinstance(kept, int):
+                total: Any = self.graph.call_function(operator.add, (size_of(c.past, self.placeholders), n))  # type: ignore[arg-type]
+                copy_meta(total, c.node, shape(c.node)[2])  # type: ignore[index]
+                size = self.graph.call_function(torch.sym_min, (total, last_tokens(c.returned)))
+                copy_meta(size, c.node, kept)
+                kept = size
+        sizes = self.number(kept), self.number(n)
         self.returned[i] = None if arena is c.past else arena
         place = ~past if arena is c.past else i
         self.outputs.append(Output(i, place, layout.key, m.site.layer, role, False, sizes[0], None, sizes[1], past))

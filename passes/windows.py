@@ -7,15 +7,18 @@ together; of a growing one the graph returns the last tokens of a `cat`.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from kvc_compile.passes.alias import Writers
-from kvc_compile.passes.caches import SIZES, Buffer, Decline, alone_in_memory
-from kvc_compile.passes.fx import is_call, same_shape, shape, source, value, writes
+from kvc_compile.passes.caches import SIZES, Buffer, Concat, Decline, alone_in_memory, read_concat
+from kvc_compile.passes.fx import is_call, output, same_shape, shape, source, value, writes
 from kvc_compile.passes.views import FULL
+
+NONE: tuple[None, tuple[Node, ...]] = (None, ())
 
 
 def read_window(node: Node, writers: Writers) -> Buffer:
@@ -27,14 +30,32 @@ def read_window(node: Node, writers: Writers) -> Buffer:
     if len(written) != 1 or not is_call(written[0], "copy_") or len(written[0].args) != 2:
         raise Decline(f"{what} is no window of the last tokens")
     (copy,) = written
-    x = _rolled_in(copy.args[1], node, copy, writers) or _shifted_in(copy.args[1], node, copy, writers)
+    x, views = _rolled_in(copy.args[1], node, copy, writers) or _shifted_in(copy.args[1], node, copy, writers) or NONE
     if x is None or s is None or value(x).dtype != value(node).dtype or not isinstance(shape(x)[2], int):  # type: ignore[index]
         raise Decline(f"`copy_` writes to {what} what is not its last tokens")
-    return Buffer(node, False, copy, None, True, x, tuple(u for u in node.users if is_call(u, *SIZES)))
+    return Buffer(node, False, copy, None, True, x, tuple(u for u in node.users if is_call(u, *SIZES)), views)
 
 
-def _rolled_in(new: Any, cache: Node, copy: Node, writers: Writers) -> Node | None:
-    """x of `new = cache.roll(-1, 2); new[:, :, tensor([-1])] = x`, both before `copy`."""
+def joined_window(node: Node, writers: Writers) -> Buffer | None:
+    """The full window that `node`, a `cat` of all its tokens but the first and of new ones, is written back to."""
+    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    old = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
+    cache = old.args[0] if is_call(old, operator.getitem) else None
+    if not isinstance(cache, Node) or cache.op != "placeholder":
+        return None
+    c = read_window(cache, writers)
+    return c if node in c.views else None
+
+
+def sliding(node: Node) -> Concat:
+    """`read_concat`, with the last tokens of it where only these are returned."""
+    c, out = read_concat(node), output(node.graph)
+    kept = [u for u in node.users if last_tokens(u) and out in u.users]
+    return replace(c, kept=kept[0]) if out not in node.users and len(kept) == 1 else c
+
+
+def _rolled_in(new: Any, cache: Node, copy: Node, writers: Writers) -> tuple[Node, tuple[Node, ...]] | None:
+    """x of `new = cache.roll(-1, 2); new[:, :, tensor([-1])] = x`, both before `copy`, and the nodes of that."""
     if not is_call(new, "roll", torch.roll) or new.args[0] is not cache:
         return None
     bound = dict(zip(("input", "shifts", "dims"), new.args, strict=False)) | new.kwargs
@@ -52,11 +73,12 @@ def _rolled_in(new: Any, cache: Node, copy: Node, writers: Writers) -> Node | No
     last = is_call(index[2], torch.tensor) and list(index[2].args[0]) == [-1]  # type: ignore[union-attr]
     whole = all(i == FULL for i in (*index[:2], *index[3:]))
     s = shape(cache)
-    return x if last and whole and s is not None and same_shape(x, s[0], s[1], 1, s[3]) else None
+    fits = last and whole and s is not None and same_shape(x, s[0], s[1], 1, s[3])
+    return (x, (write, new)) if fits else None
 
 
-def _shifted_in(new: Any, cache: Node, copy: Node, writers: Writers) -> Node | None:
-    """x of `new = cat([cache[:, :, 1:], x], 2)[:, :, -W:]`, before `copy`."""
+def _shifted_in(new: Any, cache: Node, copy: Node, writers: Writers) -> tuple[Node, tuple[Node, ...]] | None:
+    """x of `new = cat([cache[:, :, 1:], x], 2)[:, :, -W:]`, before `copy`, and the nodes of that."""
     s = shape(cache)
     if s is None or not isinstance(new, Node) or last_tokens(new) != s[2] or not is_call(new.args[0], torch.cat):
         return None
@@ -72,7 +94,8 @@ def _shifted_in(new: Any, cache: Node, copy: Node, writers: Writers) -> Node | N
     xs = shape(x)
     if writers.between(joined, copy, joined, x):  # type: ignore[arg-type]
         return None
-    return x if but_first and xs is not None and same_shape(x, s[0], s[1], xs[2], s[3]) else None
+    fits = but_first and xs is not None and same_shape(x, s[0], s[1], xs[2], s[3])
+    return (x, (new, joined, old)) if fits else None  # type: ignore[return-value]
 
 
 def last_tokens(node: Node) -> int | None:

@@ -188,18 +188,21 @@ def write(code: str) -> str:
 
 
 def push(
-    one: str = "{new}[:, :, torch.tensor([-1])] = {k}\n{c}.copy_({new})", roll: str = "-1", first: str = "1:"
+    one: str = "{new}[:, :, torch.tensor([-1])] = {k}\n{c}.copy_({new})",
+    roll: str = "-1",
+    first: str = "1:",
+    seen: str = "",
 ) -> str:
     """A window that is full: for one token `roll`, the write of it and the copy back, for more tokens `cat`."""
     code = "if n == 1:\n"
-    parts = [{"c": "ck", "k": "k", "new": "new_k"}, {"c": "cv", "k": "v", "new": "new_v"}]
+    parts = [{"c": f"c{t}", "k": t, "new": f"new_{t}", "all": f"all_{t}"} for t in "kv"]
     for part in parts:
         code += "    {new} = {c}.roll(".format(**part) + roll + ", 2)\n    "
         code += one.format(**part).replace("\n", "\n    ") + "\n"
     code += "else:\n"
     for part in parts:
-        moved = "torch.cat([{c}[:, :, FIRST], {k}], 2)[:, :, -{c}.shape[2] :]".replace("FIRST", first)
-        code += "    {c}.copy_(".format(**part) + moved.format(**part) + ")\n"
+        code += "    {all} = torch.cat([{c}[:, :, FIRST], {k}], 2)\n".replace("FIRST", first).format(**part)
+        code += ("    {c}.copy_({all}[:, :, -{c}.shape[2] :])\n    " + (seen or "pass") + "\n").format(**part)
     return code.rstrip()
 
 
@@ -269,6 +272,30 @@ WRITE = {
     "pushed": near(push(), "static", needs={"mask": "everything"}),
     "pushed, attention over the new tensor": near(
         push() + "\nck, cv = (new_k, new_v) if n == 1 else (ck, cv)", "static", needs={"mask": "everything"}
+    ),
+    "pushed, all tokens seen": same(
+        "kept = ck, cv\n" + push(seen="{c} = {all}"),
+        "static",
+        also={"after": "ck, cv = kept"},
+        needs={"mask": "none"},
+    ),
+    "pushed, all tokens seen of the keys": near(
+        "kept = ck, cv\n" + push(seen="{c} = {all}").replace("cv = all_v", "cv = F.pad(cv, (0, 0, n - 1, 0))"),
+        "static",
+        also={"after": "ck, cv = kept"},
+        needs={"mask": "none"},
+    ),
+    "pushed, all tokens seen but one": near(
+        "kept = ck, cv\n" + push(seen="{c} = {all}[:, :, 1:]"),
+        "static",
+        also={"after": "ck, cv = kept"},
+        needs={"mask": "none"},
+    ),
+    "pushed, all tokens scaled": near(
+        "kept = ck, cv\n" + push(seen="{c} = {all} * 2"),
+        "static",
+        also={"after": "ck, cv = kept"},
+        needs={"mask": "none"},
     ),
     "pushed, copied before the write": near(
         push("{c}.copy_({new})\n{new}[:, :, torch.tensor([-1])] = {k}"), "static", needs={"mask": "everything"}
@@ -341,7 +368,7 @@ WRITE = {
         write("ck = torch.cat([ck, k], 2)"), "grown", also={"after": "ck, cv = ck.clone(), cv.clone()"}
     ),
     "cat, scaled and kept": near(write("ck = torch.cat([ck, k], 2)"), "grown", also={"after": "ck = ck * 2"}),
-    "cat, last tokens kept": near(
+    "cat, last tokens kept": same(
         write("ck = torch.cat([ck, k], 2)"),
         "grown",
         also={"after": "ck, cv = ck[:, :, -4:], cv[:, :, -4:]"},

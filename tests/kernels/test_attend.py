@@ -99,26 +99,34 @@ def test_positions_before_the_end_hide_what_follows_them(device, start):
 
 
 @pytest.mark.parametrize("cached, n, splits", ((110, 2, 3), (110, 40, 1), (0, 5, 2)))
-@pytest.mark.parametrize("cap, shares", ((0.3, False), (0.0, True), (0.6, True)))
-def test_capped_scores_and_sinks(device, cached, n, splits, cap, shares):
-    """Against attention written out over the decoded cache; a share of the softmax has no value."""
+@pytest.mark.parametrize("cap, shares, shown", ((0.3, False, None), (0.0, True, 7), (0.6, True, 80), (0.0, False, 0)))
+@pytest.mark.parametrize("masked", (False, True))
+def test_capped_scores_sinks_and_windows(device, cached, n, splits, cap, shares, shown, masked):
+    """Against attention written out over the decoded cache; a share of the softmax has no value, and only the last
+    tokens are seen."""
     q, ka, va, kn, vn, kl, vl = pair(cached, n)
     shares = torch.tensor([-1.0, 2.0]) if shares else None
+    first = 0 if shown is None else max(0, cached - shown)
     k, v = (
-        torch.cat([reference.read(a, form, 0, cached), x], 2).repeat_interleave(2, 1)
+        torch.cat([reference.read(a, form, first, cached), x], 2).repeat_interleave(2, 1)
         for a, x, form in ((ka, kn, kl), (va, vn, vl))
     )
+    total = cached - first + n
     s = q @ k.transpose(-1, -2) * 0.2
     s = torch.tanh(s / cap) * cap if cap else s
-    s = s.masked_fill(~torch.ones(n, cached + n, dtype=torch.bool).tril(cached), -torch.inf)
+    seen = torch.ones(n, total, dtype=torch.bool).tril(total - n)[None, None]
+    if masked:
+        seen = seen & (torch.rand(2, 1, n, total) > 0.3)
+        seen[..., -n:] |= torch.eye(n, dtype=torch.bool)
+    s = s.masked_fill(~seen, -torch.inf)
     if shares is not None:
         s = torch.cat([s, shares[None, :, None, None].expand(2, -1, n, 1)], -1)
-    expected = torch.softmax(s, -1)[..., : cached + n] @ v
-    call = (None, None, True, 0.2, kl, vl, cap)
-    assert error(reference.attend(q, ka, va, kn, vn, *call, shares), expected) < 1e-5
+    expected = torch.softmax(s, -1)[..., :total] @ v
+    call = [seen if masked else None, None, not masked, 0.2, kl, vl, cap, shares, shown]
+    assert error(reference.attend(q, ka, va, kn, vn, *call), expected) < 1e-5
     inputs = [x.to(device) for x in (q, ka, va, kn, vn)]
-    shares = shares if shares is None else shares.to(device)
-    assert error(launch.attend(*inputs, *call, shares, splits=splits), expected) < 1e-5
+    call = [x.to(device) if isinstance(x, torch.Tensor) else x for x in call]
+    assert error(launch.attend(*inputs, *call, splits=splits), expected) < 1e-5
 
 
 @pytest.mark.parametrize("sinks", ((0, 0), (7, 7), (4, 0), (0, 37)))

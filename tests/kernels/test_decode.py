@@ -72,7 +72,7 @@ def window(kind: str, batch: int, heads: int, n: int, cached: int, dtype: torch.
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) if kind.endswith("add") else seen
 
 
-def difference(device, kl, vl, groups, cached, n, mask, splits, tiles=None, batch=2, cap=0.0, shares=False):
+def difference(device, kl, vl, groups, cached, n, mask, splits, tiles=None, batch=2, cap=0.0, shares=False, shown=None):
     """The relative error of the kernel's fp32 output; both caches are filled with fresh random contents."""
     dtype, heads = kl.dtype, kl.heads
     kx, vx = keys(batch, heads, cached + n, kl.channels, dtype), values(batch, heads, cached + n, vl.channels, dtype)
@@ -81,20 +81,21 @@ def difference(device, kl, vl, groups, cached, n, mask, splits, tiles=None, batc
     new = kx[:, :, cached:], vx[:, :, cached:]
     sinks = torch.linspace(-2, 6, heads * groups).to(q.dtype) if shares else None
     rest = (None, mask == "causal", kl.channels**-0.5 / 2, kl, vl, cap)
-    seen = window(mask, batch, heads * groups, n, cached, q.dtype)
-    expected = exact(q, ka, va, new, seen, rest, sinks)
+    seen = window(mask, batch, heads * groups, n, cached if shown is None else min(cached, shown), q.dtype)
+    expected = exact(q, ka, va, new, seen, rest, sinks, cached if shown is None else shown)
     on_device = [x if x is None else x.to(device) for x in (q, ka, va, *new, seen, sinks)]
     out = torch.full(expected.shape, torch.nan, dtype=torch.float32, device=device)
-    launch.attend(*on_device[:6], *rest, on_device[6], splits=splits, tiles=tiles, out=out)
+    launch.attend(*on_device[:6], *rest, on_device[6], shown, splits=splits, tiles=tiles, out=out)
     return error(out, expected)
 
 
-def exact(q, ka, va, new, seen, rest, sinks=None):
-    """Attention in float64 over what the arenas hold, decoded."""
+def exact(q, ka, va, new, seen, rest, sinks=None, shown=1 << 30):
+    """Attention in float64 over the last `shown` tokens that the arenas hold, decoded."""
     _, causal, scale, kl, vl, cap = rest
     length = reference.lengths(reference.views(ka, kl))[0]
-    k = torch.cat([decoded(ka, kl, length), new[0].double()], 2)
-    v = torch.cat([decoded(va, vl, length), new[1].double()], 2)
+    first = max(0, length - shown)
+    k = torch.cat([decoded(ka, kl, length)[:, :, first:], new[0].double()], 2)
+    v = torch.cat([decoded(va, vl, length)[:, :, first:], new[1].double()], 2)
     groups, n, total = q.shape[1] // kl.heads, q.shape[2], k.shape[2]
     s = q.double() @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
     if cap:
@@ -150,6 +151,19 @@ def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, group
 def test_capped_scores_and_sinks(device, k, v, groups, cached, n, mask, splits, cap, shares):
     kl, vl = layout(k, 2, 64, "float16", 16, 4), layout(v, 2, 64, "float16", 16, 4, recent=30)
     assert difference(device, kl, vl, groups, cached, n, mask, splits, cap=cap, shares=shares) < tolerance(kl, vl)
+
+
+@pytest.mark.parametrize(
+    "k, v, groups, n, mask, splits, shown",
+    [("int4z.64x1", "int4z.1x64", 4, 1, "none", 3, tokens) for tokens in (0, 1, 33, 100, 295, 400)]
+    + [("int4z.64x1", "int2z.1x64", 2, 3, "causal", 2, tokens) for tokens in (0, 2, 64, 299)]
+    + [("int8.1x64", "int8.1x64", 3, 1, "bool", 2, tokens) for tokens in (50, 290)]
+    + [("raw", "raw", 2, 2, "padded_add", 1, tokens) for tokens in (100, 250)],
+)
+def test_sliding_windows(device, k, v, groups, n, mask, splits, shown):
+    """Only the last tokens of the cache are seen, and the mask begins at the first of them."""
+    kl, vl = layout(k, 2, 64, "float16", 16, 4), layout(v, 2, 64, "float16", 16, 4, recent=30)
+    assert difference(device, kl, vl, groups, 300, n, mask, splits, shown=shown) < tolerance(kl, vl)
 
 
 def test_what_the_kernel_takes():
