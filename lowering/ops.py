@@ -178,19 +178,7 @@ def attend(
 
 @shapes(attend)
 def _(
-    q,
-    k_data,
-    v_data,
-    k_new,
-    v_new,
-    mask,
-    positions,
-    causal,
-    scale,
-    k_layout,
-    v_layout,
-    bounds=None,
-    cap=0.0,
-    sinks=None,
-):
+    q, k_data, v_data, k_new, v_new, mask, positions, causal, scale, k_layout, v_layout, bounds=None, cap=0.0,
+    sinks=None, shown=None,
+):  # fmt: skip
     return q.new_empty((*q.shape[:-1], v_new.shape[-1]))

@@ -84,9 +84,10 @@ def test_a_window_slides(kind, mode):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_capped_scores_are_read_back(kind, mode):
-    """What stands around a cache that is read back, its checks too, is compiled and recorded."""
-    model, ids = build("gemma2", "eager").to("cuda"), prompt(tokens=12, device="cuda")
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "granite_swa"])
+def test_attention_of_any_form(name, kind, mode):
+    """Capped scores, sinks, windows; what stands around a cache that is read back, its checks too, is recorded."""
+    model, ids = build(name, "eager").to("cuda"), prompt(tokens=12, device="cuda")
     want = decode(model, new_cache(model, kind, 32), ids, steps=6)
     compiled = torch.compile(model, backend="kvc", options={"spec": {"kvc": 1}, "mode": mode})
     cache, forced = new_cache(model, kind, 32), want[:, 11:].argmax(-1)

@@ -60,7 +60,7 @@ def test_quantisation_is_measured_against_a_cache_in_full_precision(kind, withou
 
 
 @KINDS
-def test_a_window_that_is_read_back(kind, without_inductor):
+def test_a_window(kind, without_inductor):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model(
@@ -68,7 +68,6 @@ def test_a_window_that_is_read_back(kind, without_inductor):
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     _, _, found = verified(model, LOSSLESS, kind, tokens=10, steps=12)
-    assert "read back" in {s.pattern for s in found.sites}
     assert found.difference.calls == 13 and found.difference.relative < 1e-5
     assert all(s.difference.relative < 1e-5 for s in found.sites)
 
