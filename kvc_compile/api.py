@@ -14,7 +14,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 def compile(model: M, spec: Any, *, strict: bool = True, **runtime: Any) -> M:
     """Compile `model` in place so that its calls, and `generate`, run on the cache that `spec` describes.
 
-    spec: a Spec, a dict, a path or a preset name. runtime: mode, dump, verify (see `Request`), and `dynamic` and
+    spec: a Spec, a dict, a path or a preset name. runtime: mode, dump, verify, tune (see `Request`), and `dynamic` and
     `fullgraph` of torch.compile. strict: an attention that cannot be compressed is an error, not a warning.
     Returns the model. Raises SpecError for a bad spec, OptionError for a bad option.
     """

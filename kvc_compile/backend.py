@@ -17,6 +17,7 @@ from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
 from kvc_compile.report import Compile, places_of, remember, say_read_back, warn_declined
 from kvc_compile.request import Request
+from kvc_compile.tune import tune
 
 
 def kvc(gm: GraphModule, example_inputs: list[Any], *, options: Any = None, mode: str | None = None, **extra: Any):
@@ -26,7 +27,7 @@ def kvc(gm: GraphModule, example_inputs: list[Any], *, options: Any = None, mode
 
 
 def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
-    """Recognise, plan, rewrite, lower. `gm` itself stays as it is: Dynamo reads it again afterwards."""
+    """Recognise, plan, rewrite, tune, lower. `gm` itself stays as it is: Dynamo reads it again afterwards."""
     gm = duplicate(gm)
     matches, plan = analyse(gm, example_inputs, request)
     beside = Beside(gm, plan) if request.verify and plan.planned else None
@@ -45,6 +46,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
         value(p) if n in changed else x
         for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     ]
+    tune(gm, request)
     lowered = lower(gm, [settled(x) for x in inputs], request, births=rewritten.births)
     return Bound(lowered, rewritten, compiled.called, beside) if plan.entries or rewritten.dense else lowered
 

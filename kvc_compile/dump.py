@@ -17,13 +17,10 @@ No paths, process ids, times or addresses: two runs differ in nothing. Each file
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +29,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from kvc_compile.files import write
 from kvc_compile.layout import Layout
 from kvc_compile.page import Dumped, page, status
 from kvc_compile.plan import Plan, SitePlan, bytes_of
@@ -92,21 +90,6 @@ def traced() -> bool:
     from torch._logging import _internal
 
     return bool(_internal.trace_log.handlers)
-
-
-def write(path: Path, text: str) -> None:
-    """The whole file or nothing, also if another process writes the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 # ---------------------------------------------------------------- the texts

@@ -17,6 +17,7 @@ RUNTIME = {
     "dump": "a directory for the graph dump",
     "verify": "true or false",
     "strict": "true or false: an attention that is declined is an error",
+    "tune": "true or false: on a GPU, time the kernels' variants when a layout is first used (KVC_TUNE=0: never)",
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -34,6 +35,7 @@ class Request:
     dump: str | None = None
     verify: bool = False
     strict: bool = False
+    tune: bool = True
 
     @staticmethod
     def of(options: Any, mode: str | None = None) -> Request:
@@ -52,7 +54,7 @@ class Request:
             runtime = {k: v for k, v in options.items() if k != "spec"}
             spec = options["spec"]
         elif isinstance(options, Mapping):
-            runtime = {k: options[k] for k in ("mode", "dump", "verify", "strict") if k in options}
+            runtime = {k: options[k] for k in RUNTIME if k != "spec" and k in options}
             spec = {k: v for k, v in options.items() if k not in runtime}
         if spec is None:
             raise OptionError("backend 'kvc' needs options: a spec (a preset name, a path, a dict or a Spec)")
@@ -61,15 +63,16 @@ class Request:
         chosen = runtime.get("mode") or mode or "default"
         if chosen not in MODES:
             raise OptionError(f"mode {chosen!r}: allowed are {', '.join(MODES)}")
-        for key in ("verify", "strict"):
-            if not isinstance(runtime.get(key, False), bool):
-                raise OptionError(f"option {key!r} is {runtime[key]!r}: true or false is allowed")
+        switches = {"verify": False, "strict": False, "tune": True}
+        for key in switches:
+            switches[key] = runtime.get(key, switches[key])
+            if not isinstance(switches[key], bool):
+                raise OptionError(f"option {key!r} is {switches[key]!r}: true or false is allowed")
+        switches["tune"] &= os.environ.get("KVC_TUNE") != "0"
         dump = runtime.get("dump") or os.environ.get("KVC_DUMP") or None
         if dump is not None and not isinstance(dump, (str, Path)):
             raise OptionError(f"option 'dump' is {dump!r}: the path of a directory is allowed")
-        return Request(
-            loaded, chosen, str(dump) if dump else None, runtime.get("verify", False), runtime.get("strict", False)
-        )
+        return Request(loaded, chosen, str(dump) if dump else None, **switches)
 
 
 __all__ = ["OptionError", "Request", "SpecError"]

@@ -19,7 +19,7 @@ UNBALANCED = 0.03
 
 @dataclass(frozen=True)
 class Tiles:
-    """Compile-time sizes of `kernels.decode.decode_split`."""
+    """Compile-time sizes of `kernels.decode.decode_split`, and the waves of programs that its splits aim at."""
 
     BM: int
     BT: int
@@ -28,6 +28,7 @@ class Tiles:
     CV: int
     warps: int
     stages: int
+    waves: float = 1
 
     @property
     def resident(self) -> int:
@@ -93,8 +94,8 @@ def other_tiles(k: Form, v: Form) -> int:
 
 
 def split_count(t: Tiles, others: int, programs: int, tokens: int, multiprocessors: int) -> int:
-    """Splits of the sequence: one wave of programs, and a tile for each."""
-    return max(1, min(multiprocessors * t.resident // programs, tokens // t.BT + others))
+    """Splits of the sequence: as many waves of programs as are aimed at, and a tile for each."""
+    return max(1, min(int(t.waves * multiprocessors * t.resident) // programs, tokens // t.BT + others))
 
 
 def apart(t: Tiles, others: int, splits: int, tokens: int) -> tuple[int, int]:

@@ -7,8 +7,10 @@ cannot raise: `append` beyond the end or the room of a cache sets the fault word
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -21,23 +23,18 @@ from kvc_compile.kernels import decode as D
 from kvc_compile.kernels import read as R
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
-from kvc_compile.lowering import decoding
+from kvc_compile.lowering import decoding, tuned
 from kvc_compile.lowering.bounds import bounds as bounds_of
+from kvc_compile.lowering.candidates import Sizes
 
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MERGE = 128  # splits that `merge` takes at a time, at most
 MANY_ROWS = 512  # query rows from which on a program of `merge` takes all channels
 STORE = 16  # tokens that a program of `append_store` takes
-WAVES = 4  # programs per multiprocessor that the splits aim at
 
 
 def interpreted() -> bool:
     return triton.knobs.runtime.interpret
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @lru_cache
@@ -53,18 +50,9 @@ def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def tile_sizes(rows: int, channels: int, item: int) -> tuple[int, int, int]:
-    """(BM, BN, warps) for `rows` query rows a kv head: what fits the registers."""
-    wide = channels > 128
-    if item == 4:
-        return 16, 16 if wide else 32, 8
-    bm = min(max(16, triton.next_power_of_2(rows)), 64)
-    return bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8
-
-
-def split_count(programs: int, tokens: int, tile: int, device: torch.device) -> int:
-    """Splits of the sequence: enough programs for the device, and at least two tiles for each of them."""
-    return max(1, min(WAVES * multiprocessors(device) // programs, tokens // (2 * tile)))
+def launcher(kernel: Any, dry: bool, *grid: int) -> Callable[..., Any]:
+    """What runs a kernel, or if dry only compiles it."""
+    return partial(kernel.warmup, grid=grid) if dry else kernel[grid]
 
 
 def inner_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,15 +89,16 @@ def attend(
     sinks: Tensor | None = None,
     shown: int | None = None,
     splits: int | None = None,
-    tiles: decoding.Tiles | None = None,
+    tiles: Sizes | None = None,
     out: Tensor | None = None,
     bounds: Tensor | None = None,
+    dry: bool = False,
 ) -> Tensor:
     """Attention of the new queries over the cache and the new tokens: see `kernels.reference.attend`.
 
-    splits, tiles: into how many parts the sequence is divided, and the sizes of the decoding kernel; chosen from the
-    shapes and the device unless given. out: where to write, fp32 or q's dtype. bounds: those of the mask, computed if
-    they are needed and not given.
+    splits, tiles: into how many parts the sequence is divided, and the sizes of the kernel, which say which one it is;
+    see `lowering.tuned` for what they are unless given. out: where to write, fp32 or q's dtype. bounds: those of the
+    mask, computed if they are needed and not given. dry: compile the kernels and run nothing; the result is not set.
     """
     batch, heads, n, _ = q.shape
     k_form, v_form = form(k_layout), form(v_layout)
@@ -119,24 +108,23 @@ def attend(
     q = inner_contiguous(q, q.dtype)
     k_new = inner_contiguous(k_new, getattr(torch, k_layout.dtype))
     v_new = inner_contiguous(v_new, getattr(torch, v_layout.dtype))
+    room = v_layout.capacity_of(v_data.shape[1]) + v_form.sink + v_form.recent + n
+    shape = groups, n, q.dtype, batch, room
+    if tiles is None:
+        tiles, usual = tuned.chosen(k_layout.key, v_layout.key, *shape, q.device)
+        splits = splits or usual
+    elif splits is None:
+        splits = tuned.splits(tiles, tuned.Problem(k_layout, v_layout, *shape), q.device)
+    decodes = isinstance(tiles, decoding.Tiles)
     kind, view, seen = T.NO_MASK, q, q
-    tiles = tiles or decoding.tiles(k_form, v_form, n * groups, q.dtype)
-    if tiles is not None:
+    if decodes:
         k_new, v_new = aligned(k_new), aligned(v_new)
     if mask is not None:
         kind = T.BOOL_MASK if mask.dtype == torch.bool else T.ADDED_MASK
         view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        if tiles is not None:
+        if decodes:
             seen = (bounds_of(mask) if bounds is None else bounds).expand(-1, -1, n, -1)
 
-    bm, bn, warps = tile_sizes(n * groups, max(k_form.channels, v_form.channels), q.element_size())
-    blocks = 1 if tiles else triton.cdiv(n * groups, bm)
-    programs = blocks * batch * k_form.heads
-    room = v_layout.capacity_of(v_data.shape[1]) + v_form.sink + v_form.recent + n
-    others = decoding.other_tiles(k_form, v_form)
-    if splits is None and tiles:
-        splits = decoding.split_count(tiles, others, programs, room, multiprocessors(q.device))
-    splits = splits or split_count(programs, room, bn, q.device)
     rows = batch * heads * n
     if splits == 1:
         parts, lse = out, out
@@ -157,11 +145,11 @@ def attend(
         "V": v_form,
     }  # fmt: skip
     interpreted_bf16 = interpreted() and q.dtype == torch.bfloat16  # the interpreter computes bf16 wrongly
-    early = tiles is not None and splits > 1 and launches_early(q.device)
+    early = decodes and splits > 1 and launches_early(q.device)
     with on(q.device):
-        if tiles:
-            apart = decoding.apart(tiles, others, splits, room)
-            D.decode_split[splits, programs](
+        if isinstance(tiles, decoding.Tiles):
+            apart = decoding.apart(tiles, decoding.other_tiles(k_form, v_form), splits, room)
+            launcher(D.decode_split, dry, splits, batch * k_form.heads)(
                 q, k_new, v_new, view, seen, share, place, parts, lse, k_data, v_data, scale, n, splits, *apart,
                 shown or 0, *sizes, *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
                 BM=tiles.BM, BT=tiles.BT, TP=tiles.TP, MIX=16, CK=tiles.CK, CV=tiles.CV, STAGES=tiles.stages,
@@ -169,22 +157,22 @@ def attend(
                 num_warps=tiles.warps,
             )  # fmt: skip
         else:
-            T.attend_split[blocks, batch * k_form.heads, splits](
+            launcher(T.attend_split, dry, triton.cdiv(n * groups, tiles.BM), batch * k_form.heads, splits)(
                 q, k_new, v_new, view, share, place, parts, lse, k_data, v_data, scale, n, splits, shown or 0,
-                *sizes, **variant, CHUNK=n >= bn, BM=bm, BN=bn, DK=pad(k_form.channels), DV=pad(v_form.channels),
-                DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=warps,
+                *sizes, **variant, CHUNK=n >= tiles.BN, BM=tiles.BM, BN=tiles.BN, DK=pad(k_form.channels),
+                DV=pad(v_form.channels), DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=tiles.warps,
             )  # fmt: skip
         if splits > 1:
-            merge(parts, lse, out, n, groups, early)
+            merge(parts, lse, out, n, groups, early, dry)
     return out
 
 
-def merge(parts: Tensor, lse: Tensor, out: Tensor, n: int, groups: int, early: bool) -> None:
+def merge(parts: Tensor, lse: Tensor, out: Tensor, n: int, groups: int, early: bool, dry: bool) -> None:
     """out [B, query heads, n, D] from the parts [S, rows, D] of its splits. early: the kernel waits for them itself."""
     splits, rows, channels = parts.shape
     together = min(MERGE, max(16, triton.next_power_of_2(splits)))
     wide = pad(channels) if rows >= MANY_ROWS else 32
-    T.merge[rows, triton.cdiv(channels, wide)](
+    launcher(T.merge, dry, rows, triton.cdiv(channels, wide))(
         parts, lse, out, n, splits, G=groups, BS=together, D=channels, DC=wide, EARLY=early,
         **({"launch_pdl": True} if early else {}), num_warps=4 if together * wide >= 4096 else 2,
     )  # fmt: skip

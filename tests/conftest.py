@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KVC_TUNE", "0")
+os.environ.setdefault("KVC_TUNING_DIR", os.path.join(os.path.dirname(__file__), "no-timings"))  # not the user's
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

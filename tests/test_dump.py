@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvc_compile import Spec, backend, dump
+from kvc_compile import Spec, backend, dump, files
 from kvc_compile.passes import fx
 
 FILES = [
@@ -118,14 +118,14 @@ def test_what_happened_before_a_failure_is_there(tmp_path, monkeypatch):
 
 def test_whole_files_or_none(tmp_path, monkeypatch):
     path = tmp_path / "a" / "file.txt"
-    dump.write(path, "old")
+    files.write(path, "old")
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        dump.write(path, "new")
+        files.write(path, "new")
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
 
 

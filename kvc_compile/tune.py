@@ -1,0 +1,62 @@
+"""Which attentions a rewritten graph will run on a GPU, and tuning them before it is lowered."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from kvc_compile import timings
+from kvc_compile.layout import Layout
+from kvc_compile.passes.fx import value
+from kvc_compile.request import Request
+
+log = logging.getLogger("kvc_compile")
+
+
+def tune(gm: GraphModule, request: Request) -> None:
+    """Make sure that the attentions of a graph that ran through the rewrite have timings, if the request says so. What
+    goes wrong is a warning: without timings all runs as well, if slower."""
+    found = problems_of(gm)
+    if not found:
+        return
+    from kvc_compile.lowering import tuned
+
+    if request.spec.origin.file is not None:
+        tuned.use(timings.beside(request.spec.origin.file))
+    if not request.tune or torch.cuda.is_current_stream_capturing():
+        return
+    from kvc_compile.lowering import bench, tuning
+
+    for device in dict.fromkeys(d for _, d in found):
+        try:
+            tuning.tune([p for p, d in found if d == device], device, bench.GraphBench)
+        except (RuntimeError, ValueError) as error:
+            log.warning("kvc tuning failed, the usual sizes are used: %s", error)
+
+
+def problems_of(gm: GraphModule) -> list[tuple[Any, torch.device]]:
+    """Every attention of so many new tokens on a GPU: (`lowering.tuned.Problem`, device), in order, each once.
+
+    A size that varies is taken as it is now; where the new tokens vary in number, nothing is tuned.
+    """
+    found: dict[tuple[Any, torch.device], None] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.kvc.attend.default):
+        q, v_data = value(node.args[0]), value(node.args[2])
+        heads, n = q.shape[1:3]
+        batch, row_bytes = hint(q.shape[0]), hint(v_data.shape[1])
+        if not q.is_cuda or not isinstance(n, int) or batch is None or row_bytes is None:
+            continue
+        from kvc_compile.lowering.tuned import Problem  # needs Triton
+
+        k, v = (Layout.parse(key) for key in node.args[9:11])
+        room = v.capacity_of(row_bytes) + v.sink + v.recent + n
+        found[Problem(k, v, heads // k.heads, n, q.dtype, batch, room), q.device] = None
+    return list(found)
+
+
+def hint(size: int | torch.SymInt) -> int | None:
+    """A size, or what a symbol stands for at present; asking so adds no guard."""
+    return size if isinstance(size, int) else size.node.hint

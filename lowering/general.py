@@ -1,0 +1,29 @@
+"""The sizes of the general attention kernel, `kernels.attend`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Compile-time sizes of `kernels.attend.attend_split`, and the waves of programs that its splits aim at."""
+
+    BM: int
+    BN: int
+    warps: int
+    waves: float = 4
+
+
+def blocks(rows: int, channels: int, item: int) -> Blocks:
+    """The sizes for `rows` query rows a kv head: what fits the registers. item: bytes of the queries' dtype."""
+    wide = channels > 128
+    if item == 4:
+        return Blocks(16, 16 if wide else 32, 8)
+    bm = min(max(16, 1 << (rows - 1).bit_length()), 64)
+    return Blocks(bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8)
+
+
+def split_count(b: Blocks, programs: int, tokens: int, multiprocessors: int) -> int:
+    """Splits of the sequence: enough programs for the device, and at least two tiles for each of them."""
+    return max(1, min(int(b.waves * multiprocessors) // programs, tokens // (2 * b.BN)))
