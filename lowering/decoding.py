@@ -61,10 +61,10 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
     spans = {words(k), words(v)}
     part, warps, stages, widest = 16, 1, 3, (128, 128)
     if len(spans) == 1:
-        aligned = not k.params or k.t == 1 or k.t % 64 == 0
+        aligned = not k.params or k.t == 1 or k.t % (2 * max(spans)) == 0  # no block begins within two row groups
         if k.kind == v.kind == RAW:
             part, warps, stages = 32, 2, 2
-        elif k.kind == v.kind == FP8 or (spans == {32} and aligned):
+        elif aligned and (k.kind == v.kind == FP8 or spans == {32}):
             part, warps = 32, 2
     if max(spans) == 64:  # registers: all unpacked words of a chunk live at a time
         widest = 64, 64

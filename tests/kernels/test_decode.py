@@ -40,6 +40,7 @@ CASES = [
     ("int4z.64x1", "raw", "bfloat16", 64, 64, 1, 4, 300, 1, "causal", 2, 4),
     ("fp8", "fp8", "float16", 64, 64, 1, 4, 200, 1, "none", 2, 0),
     ("fp8.64x1", "fp8.1x64", "bfloat16", 64, 64, 1, 4, 200, 1, "bool", 2, 4),
+    ("fp8.16x1", "fp8.1x64", "float16", 64, 64, 1, 4, 200, 1, "none", 2, 4),
     ("int4z.1x32", "int4z.1x32", "float16", 64, 64, 1, 4, 300, 1, "none", 2, 4),
     ("int4z.32x8", "int4z.1x64", "float16", 64, 64, 1, 4, 300, 1, "none", 2, 4),
     # channels that are no power of two, more of them, and keys wider than values
