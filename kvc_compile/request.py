@@ -68,7 +68,6 @@ class Request:
             switches[key] = runtime.get(key, switches[key])
             if not isinstance(switches[key], bool):
                 raise OptionError(f"option {key!r} is {switches[key]!r}: true or false is allowed")
-        switches["tune"] &= os.environ.get("KVC_TUNE") != "0"
         dump = runtime.get("dump") or os.environ.get("KVC_DUMP") or None
         if dump is not None and not isinstance(dump, (str, Path)):
             raise OptionError(f"option 'dump' is {dump!r}: the path of a directory is allowed")

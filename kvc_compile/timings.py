@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from kvc_compile.files import write
+from kvc_compile.spec import Spec, presets
 from kvc_compile.spec.errors import show, show_path
 
 try:
@@ -119,9 +120,11 @@ def bucket(n: int) -> int:
     return 2 * low if n * n > 2 * low * low else low
 
 
-def beside(spec: str | os.PathLike[str]) -> Path:
-    """Where the timings that come with a spec file are: my-spec.yaml has my-spec.tuning.json next to it."""
-    return Path(spec).with_suffix(".tuning.json")
+def beside(spec: Spec) -> Path | None:
+    """Where the timings that come with a spec are: my-spec.yaml has my-spec.tuning.json next to it. None for a preset,
+    or what is no file."""
+    file = spec.origin.file
+    return None if file is None or file in presets() else Path(file).with_suffix(".tuning.json")
 
 
 def user_folder() -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def tune(gm: GraphModule, request: Request) -> None:
         return
     from kvc_compile.lowering import tuned
 
-    if request.spec.origin.file is not None:
-        tuned.use(timings.beside(request.spec.origin.file))
-    if not request.tune or torch.cuda.is_current_stream_capturing():
+    if (file := timings.beside(request.spec)) is not None:
+        tuned.use(file)
+    if not request.tune or os.environ.get("KVC_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
         return
     from kvc_compile.lowering import bench, tuning
 
@@ -40,14 +41,17 @@ def tune(gm: GraphModule, request: Request) -> None:
 def problems_of(gm: GraphModule) -> list[tuple[Any, torch.device]]:
     """Every attention of so many new tokens on a GPU: (`lowering.tuned.Problem`, device), in order, each once.
 
-    A size that varies is taken as it is now; where the new tokens vary in number, nothing is tuned.
+    A size that varies is taken as it is now. Nothing is tuned where the new tokens vary in number, or for a cache that
+    is born in this graph: that is a prompt.
     """
     found: dict[tuple[Any, torch.device], None] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.kvc.attend.default):
         q, v_data = value(node.args[0]), value(node.args[2])
+        if not q.is_cuda or v_data is None:
+            continue
         heads, n = q.shape[1:3]
         batch, row_bytes = hint(q.shape[0]), hint(v_data.shape[1])
-        if not q.is_cuda or not isinstance(n, int) or batch is None or row_bytes is None:
+        if not isinstance(n, int) or batch is None or row_bytes is None:
             continue
         from kvc_compile.lowering.tuned import Problem  # needs Triton
 

@@ -187,11 +187,11 @@ def test_a_preset_by_name(model, compiles):
 def test_runtime_options_arrive(tmp_path, model, compiles):
     """Beside a spec, or within a dict that is one; both forms are one request."""
     dump = str(tmp_path / "dump")
-    inner = {"mode": "max-autotune-no-cudagraphs", "dump": dump, "verify": True, "strict": True}
+    inner = {"mode": "max-autotune-no-cudagraphs", "dump": dump, "verify": True, "strict": True, "tune": False}
     torch.compile(model, backend="kvc", options={"spec": INT4, **inner}).generate(prompt(), max_new_tokens=1)
     torch._dynamo.reset()
     torch.compile(model, backend="kvc", options={**INT4, **inner}).generate(prompt(), max_new_tokens=1)
-    want = Request(Spec.load(INT4), "max-autotune-no-cudagraphs", dump, True, True)
+    want = Request(Spec.load(INT4), "max-autotune-no-cudagraphs", dump, True, True, False)
     assert compiles == [want, want]
 
 

@@ -97,3 +97,36 @@ def test_attention_of_any_form(name, kind, mode):
         got.append(compiled(input_ids=forced[:, i : i + 1].clone(), past_key_values=cache).logits.clone())
     torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-3, rtol=1e-3)
     assert all(isinstance(layer.keys, CacheHandle) for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_the_first_use_tunes_and_the_next_does_not(monkeypatch, tmp_path):
+    """A compile times the variants of the kernel for a layout that is new; what it chooses computes the same."""
+    from kvc_compile.lowering import bench, tuned
+
+    monkeypatch.setenv("KVC_TUNING_DIR", str(tmp_path))
+    model, ids = tiny("llama", device="cuda", dtype=torch.bfloat16), prompt(tokens=100, device="cuda")
+
+    def logits():
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="kvc", options={"spec": "int4"})
+        return decode(compiled, new_cache(model, "static", 1024), ids, steps=40)
+
+    for f in (tuned.database, tuned.chosen):
+        f.cache_clear()
+    try:
+        want = logits()  # KVC_TUNE=0 here
+        assert not list(tmp_path.rglob("*.json"))
+        monkeypatch.delenv("KVC_TUNE")
+        held = torch.cuda.memory_allocated()
+        torch.testing.assert_close(logits(), want, atol=0.05, rtol=0.05)
+        assert torch.cuda.memory_allocated() < held + (64 << 20)  # the scratch caches are gone
+        (entry,) = [e for family in tuned.database().families.values() for e in family]
+        assert list(tmp_path.rglob("*.json")) and entry.timings[0][1] is not None and not entry.cut_short
+        monkeypatch.setattr(bench, "GraphBench", None)  # it is not asked again, by another process either
+        for f in (tuned.database, tuned.chosen):
+            f.cache_clear()
+        torch.testing.assert_close(logits(), want, atol=0.05, rtol=0.05)
+    finally:
+        for f in (tuned.database, tuned.chosen):
+            f.cache_clear()

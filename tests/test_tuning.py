@@ -230,8 +230,10 @@ def test_the_nearest_bucket(tmp_path):
 
 
 def test_precedence(tmp_path):
-    beside = timings.beside(tmp_path / "my-spec.yaml")
+    (tmp_path / "my-spec.yaml").write_text("kvc: 1\n")
+    beside = timings.beside(Spec.load(tmp_path / "my-spec.yaml"))
     assert beside == tmp_path / "my-spec.tuning.json"
+    assert timings.beside(Spec.load("int4")) is None and timings.beside(Spec.load({"kvc": 1})) is None
     base = Database(tmp_path / "user", tmp_path / "shipped")
     found = []
     timings.write(tmp_path / "shipped" / "h100.json", timings.text_of([entry(64, 32768, 1.0), entry(64, 65536, 9.0)]))
@@ -640,13 +642,12 @@ def test_a_failure_to_tune_is_a_warning(database, monkeypatch, caplog):
 
     monkeypatch.setattr(bench, "GraphBench", lambda p, d: (_ for _ in ()).throw(RuntimeError("CUDA error: launch")))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    tune.tune(graph_of(), replace(Request.of({"kvc": 1}), tune=True))
+    monkeypatch.delenv("KVC_TUNE", raising=False)
+    tune.tune(graph_of(), Request.of({"kvc": 1}))
     assert "tuning failed" in caplog.text and "CUDA error" in caplog.text
 
 
-def test_the_option(monkeypatch):
-    assert not Request.of("int4").tune  # the tests' own environment
-    monkeypatch.delenv("KVC_TUNE")
+def test_the_option():
     assert Request.of("int4").tune and not Request.of({"spec": "int4", "tune": False}).tune
     assert not Request.of({"kvc": 1, "tune": False}).tune
     with pytest.raises(OptionError, match="'tune' is 'off': true or false is allowed"):
@@ -740,7 +741,7 @@ def test_kvc_tune_exports(gpu, database, tmp_path, capsys):
     (mine,) = [e for e in timings.read(file) if e.key != entry(64, 32768, 1.0).key]
     assert mine.key == gpu[0][0].key(GPU) and len(timings.read(file)) == 2
     fresh = Database(None)
-    assert fresh.use(timings.beside(Spec.load(spec).origin.file)) and fresh.find(mine.key) == mine
+    assert fresh.use(timings.beside(Spec.load(spec))) and fresh.find(mine.key) == mine
 
     assert kvc("tune", "int4", "--export") == 2 and "needs a FILE" in capsys.readouterr().err
     file.write_text("precious")

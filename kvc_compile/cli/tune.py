@@ -173,9 +173,9 @@ def export_file(asked: str | None, spec: Spec) -> Path | None:
     """Where to export, or None. Before the work: what cannot be written should not cost a minute."""
     if asked is None:
         return None
-    if not asked and (spec.origin.file is None or not Path(spec.origin.file).is_file()):
+    file = Path(asked) if asked else timings.beside(spec)
+    if file is None:
         raise TuneError(f"{spec.name!r} is a preset, next to which nothing is written: --export needs a FILE")
-    file = Path(asked) if asked else timings.beside(spec.origin.file or "")
     if file.exists():
         try:
             timings.read(file)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kvc_compile.kernels import reference
 from kvc_compile.kernels.form import form
-from kvc_compile.lowering import launch
+from kvc_compile.lowering import bench, launch, tuned
 from kvc_compile.lowering.candidates import SHARES, candidates, fits
 from kvc_compile.lowering.decoding import Tiles, tiles
+from kvc_compile.lowering.tuning import Unfit
 
 from .caches import error, filled, keys, layout, values
 from .test_decode import difference, tolerance
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:All-NaN")
 
 # keys, values, dtype, mask; one of each kind of span, and unequal ones
 DECODING = [
@@ -50,6 +56,28 @@ def test_variants_of_the_general_kernel(device, dtype):
     for b in {(b.BM, b.BN): b for b in found}.values():
         out = launch.attend(*on_device, *rest[2:], splits=2, tiles=b)
         assert error(out, expected) < (1e-5 if dtype == "float32" else 3e-3), b
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_bench_refuses_what_differs(monkeypatch):
+    """What is timed on a GPU, run on the CPU: scratch caches that every variant attends to alike."""
+    gpu = SimpleNamespace(L2_cache_size=1 << 18, multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 << 20, 80 << 20))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(bench.GraphBench, "replayed", lambda self, c: 5.0)
+    kl, vl = layout("int4z.64x1", 1, 64, "float16", 16), layout("int4z.1x64", 1, 64, "float16", 16, recent=30)
+    p = tuned.Problem(kl, vl, 2, 1, torch.float16, 1, 600)
+    made = bench.GraphBench(p, torch.device("cpu"))
+    assert sum(x.nbytes for pair in made.caches for x in pair) > 4 * gpu.L2_cache_size
+    assert len({x.data_ptr() for pair in made.caches for x in pair}) == 2 * len(made.caches) > 4
+    assert [made.time(c) for c in p.candidates[:2]] == [5.0, 5.0] and made.expected.norm() > 0
+    made.new[0].neg_()  # other queries: as if the variant were wrong
+    with pytest.raises(Unfit, match="differs"):
+        made.time(p.candidates[1])
+    made.new[0].fill_(torch.nan)
+    with pytest.raises(Unfit, match="differs"):
+        made.time(p.candidates[1])
 
 
 def test_the_rule_fits():
