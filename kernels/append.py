@@ -4,9 +4,17 @@ Symbols beyond those of `kernels.codec`:
 
     x                new tokens [B, H, n, D], stored at the positions start .. start+n-1: at positions[0] if PLACED,
                      else at the end
+    x_stride_b, x_stride_h, x_stride_n   strides of x
+    n                new tokens a sequence
+    positions        int [n]: where they go, if PLACED; else anything
+    PLACED           whether positions are given
     first, last      body tokens to encode now: those that the ring must give up, first .. last-1
     GP, CP           channel groups and channels of a group, rounded up to powers of two: a tile is [16, GP, CP]
     PIECE            tokens of a plane that one step encodes: whole word groups and whole scale blocks
+    LOW, HIGH        PIECE of the first plane and of the second
+    BLOCK, STEP      tokens whose scales are found together; tokens that are encoded with them at a time
+    WRITE            whether the scales are written, too: with the first plane
+    TOKENS           new tokens of a program
 
     last = first + flush * ceil(max(0, total - sink - first - recent) / flush)
 

@@ -9,6 +9,37 @@ Symbols beyond those of `kernels.codec`:
     BM, BN            rows of a tile; tokens of a tile, which begins at position origin + BN * tile, origin <= 0
     DK, DV            channels of a key and of a value, rounded up to powers of two
     S                 splits of the sequence; each leaves (o, lse) and `merge` combines them
+    k_data, v_data    uint8 [B, row bytes]: the arenas of keys and of values
+    mask              [b, h, n, width] by absolute position, bool as uint8 or added; anything if MASK is NO_MASK
+    positions         int [n]: where the new tokens will be, if PLACED; else anything
+    out               [B, query heads, n, Dv] if DIRECT, else fp32 [S, B * H * n * G, Dv], as `parts` of `merge`
+    lse               fp32 [S, B * H * n * G]: log-sum-exp of each part
+    scale             what q k^T is multiplied by
+    n                 new tokens a sequence, and queries a head
+    NK, NV            body tokens that an arena of keys, of values has room for
+    K, V              Form: the facts of the layout of keys, of values
+    k_row, v_row      bytes from one row of an arena to the next
+    q_b, q_h, q_n     strides of q over batch, heads and tokens; so are k_b .. k_n, v_b .. v_n of the new tokens
+    k_b, k_h, k_n     strides of k_new
+    v_b, v_h, v_n     strides of v_new
+    mask_b, mask_h, mask_n, mask_p   strides of the mask
+    width             positions that the mask covers
+    MASK              NO_MASK, BOOL_MASK or ADDED_MASK
+    CAUSAL            without a mask: whether query i sees positions up to L + i, or all
+    PLACED, DIRECT    whether positions are given; whether there is one split, and out is final
+    CHUNK             whether there may be tiles of new tokens only
+    KIND              MIXED, BODY or NEW
+    ALIGNED           whether the tiles lie on multiples of BN in the body of the values, too
+    ELEMENT           the model's dtype
+    DOT, PRECISION    dtype of the operands of products, and how exact those of fp32 are
+    ORIGIN            where the first tile begins: a position, 0 or less
+    FIRST             tokens before the body of both
+    sinks             [query heads]: a score without a value for each, if SINKS; else anything
+    CAP, SINKS        what scores are capped at, 0 if they are not; whether there are sinks
+    UNIT              log2 of the base of the exponentials
+    parts             fp32 [S, B * H * n * G, D]: what the splits leave in `out`
+    D, BS, DC         channels of a value; splits and channels that a program of `merge` takes at a time
+    EARLY             whether `merge` may start before what it waits for has ended
 
     s = capped(q k^T * scale) (+ mask)   m = max s   mass = sum exp(s - m)
     o = sum exp(s - m) v / mass          lse = m + log mass
@@ -26,10 +57,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvc_compile.kernels import form
 from kvc_compile.kernels.codec import header_pointer, load_body, load_new, load_tokens
 
 MIXED, BODY, NEW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-NO_MASK, BOOL_MASK, ADDED_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_MASK, BOOL_MASK = tl.constexpr(form.NO_MASK), tl.constexpr(form.BOOL_MASK)
+ADDED_MASK = tl.constexpr(form.ADDED_MASK)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 

@@ -1,7 +1,7 @@
 """Triton building blocks: read and write the tokens of one head of a compressed cache tensor.
 
-The stored form is that of `kvc_compile.layout`, the arithmetic that of `kernels.reference`. Symbols, here and in the
-kernels that use these blocks:
+The stored form is that of `kvc_compile.layout`, the arithmetic that of `kernels.reference`.
+Symbols, here and in the kernels that use these blocks:
 
     arena      uint8 pointer to one batch row: header | sink | ring | planes | params
     F          Form: the facts of the layout that a kernel is compiled for
@@ -12,6 +12,16 @@ kernels that use these blocks:
     t, c       tokens and channels of a scale block; `groups` blocks cover the channels
     C          centre of the codes: x^ = (code - C) * scale + middle
     SPAN       tokens that one row group of 16 words holds, 16 * (codes per word)
+    BITS       bits of a plane
+    BEFORE     bits of a code that lie in the planes before it
+    BN         tokens of a tile
+    ALIGNED    whether the tiles lie on multiples of BN in the body
+    PART       tokens that a word group has in a tile
+    ONE_BLOCK  whether a scale block holds a tile
+    data       uint8 [B, row bytes]: an arena for each sequence
+    row_stride  bytes from one of its rows to the next
+    dtype      what the arena is read as
+    DTYPE      the model's dtype, ELEMENT in the kernels of attention
 
 All arithmetic is fp32. Rounding is to nearest even by adding 1.5 * 2^23, division is IEEE: codes and params equal the
 reference bit for bit. fp8 goes through integers, so every device and the interpreter run the same code.

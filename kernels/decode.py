@@ -9,11 +9,35 @@ The semantics and the symbols are those of `kernels.attend`. What differs is the
     folded      scales and middles never touch the codes:  q' = q * scale of a channel,  p' = p * scale of a token,
                 and the middles enter as  q . middle  and  sum of p * middle
 
+Symbols beyond those of `kernels.attend`:
+
     SPAN        tokens that a row group of 16 words of a plane holds
     BT          tokens of a body tile, which begins at body token BT * tile
     TP, J       tokens of a part of it, one operand of the tensor core; J = BT / TP parts. Part j is field j of words
     CK, CV      channels of a chunk of keys and of values: a power of two that divides D and every channel group
     MIX         tokens of a tile of what is not body: sinks, ring, new tokens, and body tokens next to those
+    KC, VC      chunks of the channels of a key and of a value
+    GROUPS      channel groups of a value that have a scale each
+    BM          query rows, rounded up: the columns of a tile
+    S1, S2      the splits before S1 take body tiles, those from S2 on the others
+    bounds      int32 [b, h, n, 3]: the first position that a query sees, one past the last, and whether it sees all
+                between them with nothing added; anything if MASK is NO_MASK
+    see_b, see_h, see_n   strides of bounds
+    WIDE        the model's dtype, as an operand
+    HALF        dtype of the operands with keys
+    STAGES      tiles in flight
+    ASM         whether there is inline assembly, which the interpreter lacks
+    BITS        bits of a plane
+    PER         parts that one load of words holds; PER_HIGH for the second plane
+    PER_HIGH    parts that one load of words of the second plane holds
+    LOW, HIGH   SPAN of the first plane and of the second
+    ACROSS      whether channels are the rows of what is loaded: of values
+    BIASED      whether codes stay too large by a constant, see `kernels.unpack`
+    WEIGHT, j   what a code is multiplied by; the field of a word, or the part of a tile
+    SHIFT       bits that a word is shifted by to the right, or if negative to the left
+    text        an instruction
+    SHRINK      what exact numbers are multiplied by to fit fp16
+    OTHER       the scale of tokens that have none
 
 A split takes a share of the body tiles, which are whole and visible to all queries, and every S-th of the MIX tiles.
 A mask that only hides a beginning and an end is not read for body tiles; one that adds something is; under one with

@@ -8,6 +8,7 @@ from functools import lru_cache
 from kvc_compile.layout import Layout
 
 RAW, INT, FP8 = 0, 1, 2
+NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 
 
 @dataclass(frozen=True, repr=False)

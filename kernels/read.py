@@ -1,4 +1,11 @@
-"""Read a compressed cache tensor back as plain values; the host need not know its length. Symbols: `kernels.codec`."""
+"""Read a compressed cache tensor back as plain values; the host need not know its length.
+
+Symbols beyond those of `kernels.codec`:
+
+    out       the model's dtype [B, H, tokens, D]: the values that are asked for
+    tokens    how many those are
+    LAST      whether they are the last ones that the cache holds, or the first
+"""
 
 from __future__ import annotations
 

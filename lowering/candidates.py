@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from kvc_compile.kernels.form import INT, Form
-from kvc_compile.lowering import decoding
+from kvc_compile.lowering import decoding, general
 from kvc_compile.lowering.decoding import LONGEST_TILE, Tiles, chunk
 from kvc_compile.lowering.general import Blocks, blocks
 
@@ -33,6 +33,19 @@ def candidates(k: Form, v: Form, rows: int, dtype: torch.dtype) -> tuple[Sizes, 
     else:
         first = blocks_of(blocks(rows, max(k.channels, v.channels), dtype.itemsize), rows)
     return tuple(replace(c, waves=c.waves * share) for share in SHARES for c in first)
+
+
+def rows_bucket(rows: int) -> int:
+    """Rows rounded up to a power of two: no tile has another number, or fewer than 8."""
+    return max(8, 1 << (rows - 1).bit_length())
+
+
+def split_count(sizes: Sizes, k: Form, v: Form, batch: int, rows: int, room: int, multiprocessors: int) -> int:
+    """Into how many parts the sequence is divided."""
+    programs = batch * k.heads
+    if isinstance(sizes, Tiles):
+        return decoding.split_count(sizes, decoding.other_tiles(k, v), programs, room, multiprocessors)
+    return general.split_count(sizes, programs * -(-rows // sizes.BM), room, multiprocessors)
 
 
 def tiles_of(rule: Tiles, k: Form, v: Form) -> list[Tiles]:

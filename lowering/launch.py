@@ -23,14 +23,11 @@ from kvc_compile.kernels import decode as D
 from kvc_compile.kernels import read as R
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
-from kvc_compile.lowering import decoding, tuned
+from kvc_compile.lowering import decoding, tuned, variants
 from kvc_compile.lowering.bounds import bounds as bounds_of
 from kvc_compile.lowering.candidates import Sizes
 
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-MERGE = 128  # splits that `merge` takes at a time, at most
-MANY_ROWS = 512  # query rows from which on a program of `merge` takes all channels
-STORE = 16  # tokens that a program of `append_store` takes
 
 
 def interpreted() -> bool:
@@ -116,11 +113,10 @@ def attend(
     elif splits is None:
         splits = tuned.splits(tiles, tuned.Problem(k_layout, v_layout, *shape), q.device)
     decodes = isinstance(tiles, decoding.Tiles)
-    kind, view, seen = T.NO_MASK, q, q
+    view, seen = q, q
     if decodes:
         k_new, v_new = aligned(k_new), aligned(v_new)
     if mask is not None:
-        kind = T.BOOL_MASK if mask.dtype == torch.bool else T.ADDED_MASK
         view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         if decodes:
             seen = (bounds_of(mask) if bounds is None else bounds).expand(-1, -1, n, -1)
@@ -139,28 +135,24 @@ def attend(
         *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
         *([0] * 4 if mask is None else mask_strides(mask)),
     )  # fmt: skip
-    variant = {
-        "G": groups, "MASK": kind.value, "CAUSAL": causal, "PLACED": positions is not None, "DIRECT": splits == 1,
-        "CAP": cap, "SINKS": sinks is not None, "WINDOW": shown is not None, "K": k_form,
-        "V": v_form,
-    }  # fmt: skip
+    masked = None if mask is None else mask.dtype
+    given = positions is not None, sinks is not None, shown is not None
+    variant = variants.attending(k_form, v_form, groups, masked, causal, cap, *given, splits)
     interpreted_bf16 = interpreted() and q.dtype == torch.bfloat16  # the interpreter computes bf16 wrongly
+    wide = tl.float32 if interpreted_bf16 else DOT[q.dtype]
     early = decodes and splits > 1 and launches_early(q.device)
     with on(q.device):
         if isinstance(tiles, decoding.Tiles):
             apart = decoding.apart(tiles, decoding.other_tiles(k_form, v_form), splits, room)
             launcher(D.decode_split, dry, splits, batch * k_form.heads)(
                 q, k_new, v_new, view, seen, share, place, parts, lse, k_data, v_data, scale, n, splits, *apart,
-                shown or 0, *sizes, *([0] * 3 if mask is None else mask_strides(seen)[:3]), **variant,
-                BM=tiles.BM, BT=tiles.BT, TP=tiles.TP, MIX=16, CK=tiles.CK, CV=tiles.CV, STAGES=tiles.stages,
-                WIDE=tl.float32 if interpreted_bf16 else DOT[q.dtype], ASM=not interpreted(), EARLY=early,
-                num_warps=tiles.warps,
+                shown or 0, *sizes, *([0] * 3 if mask is None else mask_strides(seen)[:3]),
+                **variant, **variants.decode_split(tiles, wide, not interpreted(), early),
             )  # fmt: skip
         else:
             launcher(T.attend_split, dry, triton.cdiv(n * groups, tiles.BM), batch * k_form.heads, splits)(
                 q, k_new, v_new, view, share, place, parts, lse, k_data, v_data, scale, n, splits, shown or 0,
-                *sizes, **variant, CHUNK=n >= tiles.BN, BM=tiles.BM, BN=tiles.BN, DK=pad(k_form.channels),
-                DV=pad(v_form.channels), DOT=tl.float32 if interpreted_bf16 else DOT[q.dtype], num_warps=tiles.warps,
+                *sizes, **variant, **variants.attend_split(k_form, v_form, n, tiles, wide),
             )  # fmt: skip
         if splits > 1:
             merge(parts, lse, out, n, groups, early, dry)
@@ -170,12 +162,8 @@ def attend(
 def merge(parts: Tensor, lse: Tensor, out: Tensor, n: int, groups: int, early: bool, dry: bool) -> None:
     """out [B, query heads, n, D] from the parts [S, rows, D] of its splits. early: the kernel waits for them itself."""
     splits, rows, channels = parts.shape
-    together = min(MERGE, max(16, triton.next_power_of_2(splits)))
-    wide = pad(channels) if rows >= MANY_ROWS else 32
-    launcher(T.merge, dry, rows, triton.cdiv(channels, wide))(
-        parts, lse, out, n, splits, G=groups, BS=together, D=channels, DC=wide, EARLY=early,
-        **({"launch_pdl": True} if early else {}), num_warps=4 if together * wide >= 4096 else 2,
-    )  # fmt: skip
+    constants = variants.merge(splits, rows, channels, groups, early)
+    launcher(T.merge, dry, rows, triton.cdiv(channels, constants["DC"]))(parts, lse, out, n, splits, **constants)
 
 
 def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:
@@ -183,18 +171,11 @@ def read(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tenso
     f = form(layout)
     batch = data.shape[0]
     out = torch.empty(batch, f.heads, tokens, f.channels, dtype=getattr(torch, layout.dtype), device=data.device)
-    bn = 32
     with on(data.device):
-        R.read_tokens[triton.cdiv(tokens, bn), batch * f.heads](
-            data, out, data.stride(0), layout.capacity_of(data.shape[1]), tokens,
-            LAST=last, BN=bn, DP=pad(f.channels), F=f,
-        )  # fmt: skip
+        R.read_tokens[triton.cdiv(tokens, variants.READ), batch * f.heads](
+            data, out, data.stride(0), layout.capacity_of(data.shape[1]), tokens, **variants.read_tokens(f, last)
+        )
     return out
-
-
-def pad(channels: int) -> int:
-    """Channels of a tile: a power of two, and what `tl.dot` takes at least."""
-    return max(16, triton.next_power_of_2(channels))
 
 
 def append(data: Tensor, x: Tensor, layout: Layout, positions: Tensor | None) -> None:
@@ -206,19 +187,14 @@ def append(data: Tensor, x: Tensor, layout: Layout, positions: Tensor | None) ->
     x = inner_contiguous(x, getattr(torch, layout.dtype))
     capacity = layout.capacity_of(data.shape[1])
     at, placed = (data, False) if positions is None else (positions, True)
-    tile = {"GP": triton.next_power_of_2(f.groups), "CP": triton.next_power_of_2(min(f.c, f.channels))}
-    channels = triton.next_power_of_2(f.channels)
+    constants = variants.append(f, placed, n)
     rows, source = data.stride(0), x.stride()[:3]
     with on(data.device):
         if n == 1:
-            A.append_token[batch * heads,](
-                data, x, at, rows, *source[:2], capacity, PLACED=placed, **tile, DP=channels, F=f, num_warps=4
-            )
+            token = constants["append_token"]
+            A.append_token[batch * heads,](data, x, at, rows, *source[:2], capacity, **token)
             return
-        A.append_encode[A.pieces(f, n), batch * heads](
-            data, x, at, rows, *source, capacity, n, PLACED=placed, **tile, F=f, num_warps=4
-        )
-        A.append_store[triton.cdiv(n, STORE), batch * heads](
-            data, x, at, rows, *source, capacity, n, PLACED=placed, TOKENS=STORE, DP=channels, F=f, num_warps=4
-        )
-        A.append_commit[batch * heads,](data, at, rows, capacity, n, PLACED=placed, F=f, num_warps=1)
+        encode, store, commit = constants.values()
+        A.append_encode[A.pieces(f, n), batch * heads](data, x, at, rows, *source, capacity, n, **encode)
+        A.append_store[triton.cdiv(n, store["TOKENS"]), batch * heads](data, x, at, rows, *source, capacity, n, **store)
+        A.append_commit[batch * heads,](data, at, rows, capacity, n, **commit)

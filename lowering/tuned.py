@@ -16,8 +16,7 @@ import triton
 
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
-from kvc_compile.lowering import decoding, general
-from kvc_compile.lowering.candidates import Sizes, best, candidates
+from kvc_compile.lowering.candidates import Sizes, best, candidates, rows_bucket, split_count
 from kvc_compile.lowering.decoding import Tiles
 from kvc_compile.timings import Database, Entry, Key, bucket, user_folder
 
@@ -64,11 +63,6 @@ class Problem:
             str(self.dtype).removeprefix("torch."), bucket(self.programs), bucket(self.room),
             device_name(device), triton.__version__,
         )  # fmt: skip
-
-
-def rows_bucket(rows: int) -> int:
-    """Rows rounded up to a power of two: no tile has another number, or fewer than 8."""
-    return max(8, 1 << (rows - 1).bit_length())
 
 
 @lru_cache
@@ -135,8 +129,4 @@ def chosen(
 
 def splits(sizes: Sizes, p: Problem, device: torch.device) -> int:
     """Into how many parts the sequence is divided."""
-    if isinstance(sizes, Tiles):
-        others = decoding.other_tiles(form(p.k), form(p.v))
-        return decoding.split_count(sizes, others, p.programs, p.room, multiprocessors(device))
-    programs = p.programs * -(-p.rows // sizes.BM)
-    return general.split_count(sizes, programs, p.room, multiprocessors(device))
+    return split_count(sizes, form(p.k), form(p.v), p.batch, p.rows, p.room, multiprocessors(device))
