@@ -23,9 +23,11 @@ def analyse(gm: GraphModule, example_inputs: list[Any], request: Request) -> tup
             node.meta[HELD_ELSEWHERE] = True
     found = without_gradients(recognise(gm), example_inputs)
     matches = [m for m in found if isinstance(m, Match)]
-    device = "cuda" if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs) else "cpu"
+    here = "cuda" if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs) else "cpu"
     existing = {c: Layout.parse(k) for m in matches for c, k in handles(m).items()}
-    return matches, make_plan([m.site if isinstance(m, Match) else m for m in found], request.spec, device, existing)
+    return matches, make_plan(
+        [m.site if isinstance(m, Match) else m for m in found], request.spec, request.device or here, existing
+    )
 
 
 def handles(m: Match) -> dict[str, str]:

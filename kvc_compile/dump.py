@@ -9,7 +9,7 @@
         sites.json  plan.json   every attention: found or declined; how it is stored
         spec.yaml               what was asked, in full
         repro.py                rebuilds the graph and its inputs and runs it three ways
-        kernels/                rendered kernels, once lowering renders them (`Trail.kernel`)
+        kernels/                the kernels that a GPU runs for it, each a file that needs nothing but Triton
 
 No paths, process ids, times or addresses: two runs differ in nothing. Each file also goes to TORCH_TRACE, where
 `tlparse` shows it. Without a dump folder and without a trace nothing is printed or kept.
@@ -33,6 +33,7 @@ from kvc_compile.files import write
 from kvc_compile.layout import Layout
 from kvc_compile.page import Dumped, page, status
 from kvc_compile.plan import Plan, SitePlan, bytes_of
+from kvc_compile.rendered import Kernels, rendered
 from kvc_compile.report import words
 from kvc_compile.repro import repro
 from kvc_compile.request import Request
@@ -69,12 +70,11 @@ class Trail:
         self.emit("1_rewritten.py", text)
         old, new = self.captured.splitlines(keepends=True), text.splitlines(keepends=True)
         self.emit("rewrite.diff", "".join(difflib.unified_diff(old, new, "0_captured.py", "1_rewritten.py")))
-        self.emit("index.html", page(replace(self.dumped, rewritten=text)))
-
-    def kernel(self, name: str, text: str) -> None:
-        """A rendered kernel of this graph."""
-        if self.active:
-            self.emit(f"kernels/{name}.py", text)
+        kernels = rendered(gm, self.dumped.plan)
+        for file in kernels.files:
+            self.emit(f"kernels/{file.name}.py", file.text)
+        self.emit("README.md", readme(self.id, self.dumped.plan, self.dumped.request, kernels))
+        self.emit("index.html", page(replace(self.dumped, rewritten=text, kernels=kernels)))
 
     def emit(self, name: str, text: str) -> None:
         if self.folder is not None:
@@ -151,7 +151,7 @@ def tensor_data(layout: Layout) -> dict[str, Any]:
     }
 
 
-def readme(graph: str, plan: Plan, request: Request) -> str:
+def readme(graph: str, plan: Plan, request: Request, kernels: Kernels | None = None) -> str:
     rows = [f"| site | layer | layout | bytes for {TOKENS} tokens |", "|---|---|---|---|"]
     for e in plan.entries:
         if isinstance(e, SitePlan):
@@ -168,6 +168,10 @@ def readme(graph: str, plan: Plan, request: Request) -> str:
         layers = layers_text(sorted({e.site.layer for e in plan.planned}))
         total = f"Layers {layers}: {dense} -> {compressed} bytes, {ratio(dense, compressed)} smaller."
     table = "\n".join(rows)
+    said = ""
+    if kernels is not None:
+        files = "".join(f"\n- `kernels/{f.name}.py`: {f.about}" for f in kernels.files)
+        said = f"\n## Kernels\n\n{kernels.note}\n{files}\n" if files else f"\n## Kernels\n\n{kernels.note}\n"
     return f"""# Graph {graph}
 
 Spec `{request.spec.name}` ({request.spec.digest}): {len(plan.planned)} attentions compressed, \
@@ -177,7 +181,7 @@ Spec `{request.spec.name}` ({request.spec.digest}): {len(plan.planned)} attentio
 
 Bytes are those of one sequence, header and scales included. Attentions that share a cache show it each; the total
 counts it once.
-
+{said}
 ## How to read this folder
 
 - `0_captured.py` is the graph as Dynamo captured it, `1_rewritten.py` what is compiled instead; start with
@@ -186,6 +190,8 @@ counts it once.
 - `index.html` shows all of this as one page, both graphs side by side; it loads nothing, so it can be sent as it is.
 - `sites.json` says what was found for each attention (its cache tensors, its mask, the source line), `plan.json` how
   each cache tensor is stored, `spec.yaml` what was asked.
+- `kernels/` has a file for each kernel that a GPU runs for this graph, with its constants, the bytes that it reads
+  and what its symbols mean at the head; branches of other layouts are left out.
 - `repro.py` needs nothing but kvc_compile: `python repro.py` runs the graph as captured, rewritten, and compiled;
   `python repro.py --lossless` does so with the empty spec, where all three must agree.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +20,28 @@ from kvc_compile.dump import Trail
 from kvc_compile.passes.fx import duplicate
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
+from kvc_compile.plan import WORD
 from kvc_compile.report import Compile, Report, empty, of, places_of
-from kvc_compile.request import Request
+from kvc_compile.request import OptionError, Request
 
 PROMPT = 5  # tokens of the made-up prompt
 ROOM = 32  # tokens of the made-up cache
 
 
-def explain(model: torch.nn.Module, spec: Any, *example_inputs: Any, **kwargs: Any) -> Report:
+def explain(
+    model: torch.nn.Module, spec: Any, *example_inputs: Any, device: str | None = None, **kwargs: Any
+) -> Report:
     """The report of compiling `model` with `spec` and calling it with these inputs; nothing is changed or compressed.
 
     spec: anything the backend takes as options; with "dump" the graphs are dumped too. Without inputs, a Hugging Face
-    model is run on a made-up prompt with a static cache and one decoding step. Buffers of the model that the call
+    model is run on a made-up prompt with a static cache and one decoding step. device: "cpu" or "cuda" to plan for
+    that kind of device, wherever the model is; nothing runs on it. Buffers of the model that the call
     writes to are put back. Raises SpecError for a spec that does not fit, TypeError where inputs are needed.
     """
     model = getattr(model, "_orig_mod", model)
-    request = Request.of(spec)
+    request = replace(Request.of(spec), device=device)
+    if device not in (None, *WORD):
+        raise OptionError(f"device {device!r}: allowed are {', '.join(WORD)}")
     look = Look(request)
     calls = torch.compile(fresh(model), backend=look, dynamic=False)
     saved = {name: b.clone() for name, b in model.named_buffers()}

@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 
 from kvc_compile.layout import Layout
 from kvc_compile.plan import Plan, SitePlan, bytes_of
+from kvc_compile.rendered import Kernels
 from kvc_compile.report import words as in_words
 from kvc_compile.request import Request
 from kvc_compile.sidebyside import QUIET, Line, Piece, Row, aligned, likeness, lines_of, pieces, words
@@ -37,7 +38,7 @@ Entry = SitePlan | Declined
 @dataclass(frozen=True)
 class Dumped:
     """What there is to show of one graph. model: its class, "" if unknown. tokens: for which bytes are counted.
-    rewritten: "" if the backend stopped before."""
+    rewritten: "" and kernels: None if the backend stopped before."""
 
     graph: str
     model: str
@@ -46,6 +47,7 @@ class Dumped:
     tokens: int
     captured: str
     rewritten: str = ""
+    kernels: Kernels | None = None
 
 
 def page(d: Dumped) -> str:
@@ -74,7 +76,7 @@ def page(d: Dumped) -> str:
 <h2>The graph before and after</h2>
 {graphs(d)}
 </section>
-<section id="plan">
+{kernels_section(d.kernels)}<section id="plan">
 <h2>Plan and spec</h2>
 {layout_table(d.plan, d.tokens)}
 {options(d.request)}
@@ -116,7 +118,7 @@ def heading(d: Dumped) -> str:
 <h1>{text(d.model or "A graph")} <span class="soft">with</span> {text(spec.name)}</h1>
 <p>{text(" ".join(said))}</p>
 <nav aria-label="On this page"><a href="#attentions">Attentions</a> <a href="#graph">Graph</a> \
-<a href="#plan">Plan and spec</a></nav>"""
+{'<a href="#kernels">Kernels</a> ' if d.kernels else ""}<a href="#plan">Plan and spec</a></nav>"""
 
 
 def facts(plan: Plan, tokens: int) -> str:
@@ -455,6 +457,23 @@ def layout_table(plan: Plan, tokens: int) -> str:
 </table>"""
 
 
+def kernels_section(kernels: Kernels | None) -> str:
+    """Each kernel folded, in full: the page has no other file to lead to."""
+    if kernels is None:
+        return ""
+    found = "".join(
+        f"<details class='kernel'><summary><code>{text(f.name)}</code> {text(f.about)}, "
+        f"{f.text.count(chr(10))} lines</summary>\n"
+        f'<pre class="spec" tabindex="0" role="region" aria-label="{f.name}">{text(f.text)}</pre></details>\n'
+        for f in kernels.files
+    )
+    return f"""<section id="kernels">
+<h2>Kernels</h2>
+<p>{prose(kernels.note)}</p>
+{found}</section>
+"""
+
+
 def options(request: Request) -> str:
     said = [f"mode {request.mode}", "strict" if request.strict else "not strict"]
     said += ["verified"] if request.verify else []
@@ -529,6 +548,8 @@ mark { color: var(--ink) } .d mark { background: var(--old-mark) } .a mark { bac
 summary { cursor: pointer; color: var(--soft) }
 .fold { margin: .2rem 0; background: var(--wash) } .fold summary { padding: .15rem .8rem; font-size: .85rem }
 .fold pre { margin: 0; padding: .3rem .6rem .5rem 4.2rem; font-size: 12px; line-height: 1.5 }
+.kernel { margin: .2rem 0 } .kernel .spec { font-size: 12px; line-height: 1.5 }
+.kernel summary { padding: .15rem 0 } .kernel summary code { color: var(--ink) }
 .again, .inputs { margin: 1.2rem 0 } .again > summary, .inputs > summary { padding: .5rem 0; color: var(--link) }
 .again[open] { border-left: 3px solid var(--rule); padding-left: 1rem }
 .spec { overflow-x: auto; padding: .8rem 1rem; background: var(--wash); white-space: pre; overflow-wrap: normal }

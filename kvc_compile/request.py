@@ -36,6 +36,7 @@ class Request:
     verify: bool = False
     strict: bool = False
     tune: bool = True
+    device: str | None = None  # to plan for, where nothing is compiled: "cpu" or "cuda"; that of the inputs if None
 
     @staticmethod
     def of(options: Any, mode: str | None = None) -> Request:

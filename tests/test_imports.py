@@ -27,6 +27,7 @@ MAY = {
     "lowering": {"layout", "timings", "kernels"},
     "handle": {"layout", "lowering"},
     "passes": {"plan", "handle", "lowering", *PURE},
+    "rendered": {"plan", "kernels", "lowering", "passes", *PURE},
     "bound": {"plan", "handle", "lowering", "passes", *PURE},
 }
 # What runs a compile or shows one may import anything but the front door, which only these name:

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 DEMO = "smollm2"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,6 +31,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--batch", metavar="N", type=positive, default=1, help="sequences to plan bytes for (%(default)s)"
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="the device to plan for, which need not be there (that of the model)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="run the model in this dtype (its own)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         request = Request.of({"spec": args.spec, "dump": args.dump})  # before the model is loaded, which takes longer
-        report = explain(load(args.model), request)
+        report = explain(load(args.model, args.dtype), request, device=args.device)
     except (SpecError, OptionError, ModelError) as error:
         if args.json:
             print(json.dumps({"ok": False, "error": str(error)}, indent=2))
@@ -72,8 +77,9 @@ class ModelError(Exception):
     """A model that cannot be loaded, in words for the user."""
 
 
-def load(name: str) -> Any:
-    """The model, on the CPU, in eval mode. No network: what is not on this machine is an error."""
+def load(name: str, dtype: str | None = None) -> Any:
+    """The model, on the CPU, in eval mode, in its own dtype unless another is given. No network: what is not on this
+    machine is an error."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,4 +105,4 @@ def load(name: str) -> Any:
                 f"model {name!r} is no directory, and no id in this machine's Hugging Face cache"
             ) from None
         raise ModelError(f"model {name!r}: {str(error).strip() or type(error).__name__}") from None
-    return model.eval()
+    return model.eval() if dtype is None else model.eval().to(getattr(torch, dtype))
