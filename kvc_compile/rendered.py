@@ -64,18 +64,23 @@ def rendered(gm: GraphModule, plan: Plan) -> Kernels:
     if not on_gpu and all(x.word != ON_A_GPU for e in plan.planned for x in (e.key, e.value)):
         return Kernels((), ON_A_CPU)
     machine = machine_here() if on_gpu else Machine()
+    where = f"As launched on a GPU of {machine.multiprocessors} multiprocessors" + (
+        "." if on_gpu else ", such as an H100, for which this graph was planned and not run."
+    )
     uses: list[Use] = []
-    skipped = set()
+    files: list[File] = []
+    skipped: set[str] = set()  # a dump does not fail for a kernel that it cannot show
     for node in calls:
         try:
             add(uses, list(OPERATORS[node.target](node, plan, machine)))
-        except ValueError as e:  # no kernel takes it; the launch will raise the same
+        except ValueError as e:  # no kernel takes it: the launch will raise the same
             skipped.add(str(e))
-    note = f"As launched on a GPU of {machine.multiprocessors} multiprocessors" + (
-        "." if on_gpu else ", such as an H100, for which this graph was planned and not run."
-    )
-    note += "".join(f" Not rendered: {reason}." for reason in sorted(skipped))
-    return Kernels(tuple(named(uses, note)), note)
+    for name, u in named(uses):
+        try:
+            files.append(file(name, u, where))
+        except ValueError as e:
+            skipped.add(str(e))
+    return Kernels(tuple(files), where + "".join(f" Not rendered: {reason}." for reason in sorted(skipped)))
 
 
 ON_A_CPU = (
@@ -105,18 +110,20 @@ def add(uses: list[Use], new: list[Use]) -> None:
             uses.append(u)
 
 
-def named(uses: list[Use], note: str) -> Iterator[File]:
+def named(uses: list[Use]) -> Iterator[tuple[str, Use]]:
     """append_token_keys, append_token_values, ...; numbered where layers differ."""
     taken: dict[str, int] = {}
     for u in sorted(uses, key=lambda u: (ORDER.index(u.kernel.module), u.roles)):
         name = u.kernel.function + (f"_{u.roles[0]}" if len(u.roles) == 1 else "")
         taken[name] = taken.get(name, 0) + 1
-        many = "layers" if len(u.layers) > 1 else "layer"
-        what = "attention" if u.kernel.module in ("decode", "attend") else " and ".join(u.roles)
-        about = f"{what} of {many} {layers_text(u.layers)}"
-        layouts = dict(zip(u.roles, u.layouts)) if u.kernel.forms else {}
-        text = render(u.kernel, f"For the {about}. {note.partition(' Not rendered')[0]}", layouts)
-        yield File(f"{name}_{taken[name]}" if taken[name] > 1 else name, about, text)
+        yield f"{name}_{taken[name]}" if taken[name] > 1 else name, u
+
+
+def file(name: str, u: Use, where: str) -> File:
+    what = "attention" if u.kernel.module in ("decode", "attend") else " and ".join(u.roles)
+    about = f"{what} of layer{'s' if len(u.layers) > 1 else ''} {layers_text(u.layers)}"
+    layouts = dict(zip(u.roles, u.layouts)) if u.kernel.forms else {}
+    return File(name, about, render(u.kernel, f"For the {about}. {where}", layouts))
 
 
 # ---------------------------------------------------------------- from operators to kernels
@@ -128,9 +135,11 @@ def attend_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
     k, v = Layout.parse(k_key), Layout.parse(v_key)  # type: ignore[arg-type]
     batch, heads, n, _ = (hint(x) for x in value(q).shape)
     room = v.capacity_of(hint(value(v_data).shape[1])) + v.sink + v.recent + n
+    cap, sinks = node.kwargs.get("cap", 0.0), node.kwargs.get("sinks")
     call = Attention(
-        k, v, batch, heads // form(k).heads, n, room, value(q).dtype, dtype_of(mask), bool(causal), dtype_of(positions)
-    )
+        k, v, batch, heads // form(k).heads, n, room, value(q).dtype, dtype_of(mask), bool(causal),
+        dtype_of(positions), float(cap), dtype_of(sinks),  # type: ignore[arg-type]
+    )  # fmt: skip
     layers = tuple(e.site.layer for e in plan.planned if e.site.index == node.meta.get(SITE))
     for kernel in attention(call, machine):
         yield Use(kernel, layers, ROLES, (k, v))

@@ -112,6 +112,16 @@ def test_command(tmp_path, capsys):
     assert data["ok"] and len(data["sites"]) == 2 and data["bytes"]["batch"] == 2
 
 
+def test_command_plans_for_a_gpu_that_is_not_there(tmp_path, capsys):
+    tiny(config_only=True, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
+    args = str(tmp_path / "model"), "kivi-4bit", "--device", "cuda", "--dump", str(tmp_path / "dump")
+    assert cli(*args, "--dtype", "bfloat16") == 0 and capsys.readouterr().out
+    names = {p.stem for p in (tmp_path / "dump").rglob("kernels/*.py")}
+    assert {"decode_split", "merge", "append_token_keys", "append_encode_values"} <= names
+    assert cli(*args, "--dtype", "float32") == 0
+    assert "attend_split" in {p.stem for p in (tmp_path / "dump").rglob("kernels/*.py")}, "no fast kernel takes fp32"
+
+
 def test_command_refuses(tmp_path, capsys):
     assert cli(str(tmp_path), "int5") == 2 and "int5" in capsys.readouterr().err
     assert cli(str(tmp_path / "nothing"), "int4", "--json") == 2

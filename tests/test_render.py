@@ -47,7 +47,7 @@ def kernels(pair: str) -> list[tuple[Kernel, dict[str, Layout]]]:
     found: list[tuple[Kernel, dict[str, Layout]]] = []
     for n, mask, machine in ((1, MASKS[0], Machine()), (1, MASKS[1], Machine(1, False)), (3, MASKS[2], Machine())):
         dtype, positions = getattr(torch, k.dtype), torch.int64 if n == 1 else None
-        call = Attention(k, v, 1, 4, n, 4096, dtype, mask, mask is None, positions)
+        call = Attention(k, v, 1, 4, n, 4096, dtype, mask, mask is None, positions, *((30.0, dtype) if n == 3 else ()))
         found += [(x, {"keys": k, "values": v}) for x in variants.attention(call, machine)]
         found += [(x, {role: y}) for role, y in (("keys", k), ("values", v)) for x in variants.appending(y, n, None)]
     return found + [(x, {"keys": k}) for x in variants.reading(k, n == 3)]
@@ -97,7 +97,7 @@ def test_every_helper_has_one_name():
 def test_golden(name):
     """After a change to the kernels: KVC_ACCEPT=1 pytest tests/test_render.py, and read the difference."""
     x, layouts = next((x, layouts) for x, layouts in kernels("int4") if x.function == name)
-    text = render(x, "For a test.", layouts)
+    text = render(x, "For layers 0-31.", layouts)
     path = GOLDEN / f"{name}.py"
     if os.environ.get("KVC_ACCEPT"):
         path.write_text(text)
@@ -252,7 +252,7 @@ sys.modules["triton"] = None
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_render as t
 x, layouts = t.kernels("int4")[0]
-print(t.render(x, "For a test.", layouts), end="")
+print(t.render(x, "For layers 0-31.", layouts), end="")
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -323,6 +323,16 @@ def test_a_dump_for_a_gpu_has_its_kernels(tmp_path):
     both = ["decode_split.py", "merge.py"]
     step = ["append_token_keys.py", "append_token_values.py", *both]
     assert found == {4: step, 8: sorted([*three, *both])}
+
+
+def test_what_no_kernel_takes_is_said(tmp_path):
+    kept = [torch.zeros(1, 1, test_dump.TOKENS, test_dump.WIDTH, dtype=torch.float64) for _ in range(2)]
+    x, positions = torch.randn(1, 1, 2 * test_dump.WIDTH, dtype=torch.float64), torch.tensor([3])
+    mask = (torch.arange(test_dump.TOKENS) <= 3)[None, None, None]
+    options = {"spec": {"bits": 4}, "dump": str(tmp_path)}
+    explain(test_dump.Tiny().double(), options, x, *kept, positions, mask, device="cuda")
+    (folder,) = tmp_path.iterdir()
+    assert "Not rendered: no kernel for float64 caches." in (folder / "README.md").read_text()
 
 
 def test_devices_are_known():

@@ -1,7 +1,7 @@
 """append_token: append tokens to a compressed cache tensor on the device, without the host knowing any length.
 
-For a test. Rendered from `kernels/append.py` and what it calls, without the branches that the constants below rule out.
-Nothing but Triton is needed to run it: `append_token[grid](..., **CONSTANTS, **OPTIONS)`.
+For layers 0-31. Rendered from `kernels/append.py` and what it calls, without the branches that the constants below rule
+out. Nothing but Triton is needed to run it: `append_token[grid](..., **CONSTANTS, **OPTIONS)`.
 
 Keys: int4z.64x1.h2.d64.bfloat16.s4.r128.f64.w16
 

@@ -1,7 +1,7 @@
 """decode_split: attention of a few queries over a compressed cache: decoding, at the speed of memory.
 
-For a test. Rendered from `kernels/decode.py` and what it calls, without the branches that the constants below rule out.
-Nothing but Triton is needed to run it: `decode_split[grid](..., **CONSTANTS, **OPTIONS)`.
+For layers 0-31. Rendered from `kernels/decode.py` and what it calls, without the branches that the constants below rule
+out. Nothing but Triton is needed to run it: `decode_split[grid](..., **CONSTANTS, **OPTIONS)`.
 
 Keys: int4z.64x1.h2.d64.bfloat16.s4.r128.f64.w16
 
@@ -33,7 +33,9 @@ Symbols
 
     q, k_new, v_new   the new tokens [B, query heads or H, n, D]; they stand at the positions L .. L+n-1
     mask              [b, h, n, width] by absolute position, bool as uint8 or added; anything if MASK is NO_MASK
-    bounds            int32 [b, h, n, 3]: what the mask comes down to, see below; anything if MASK is NO_MASK
+    bounds            int32 [b, h, n, 3]: the first position that a query sees, one past the last, and whether it sees
+                      all between them with nothing added; anything if MASK is NO_MASK
+    sinks             [query heads]: a score without a value for each, if SINKS; else anything
     positions         int [n]: where the new tokens will be, if PLACED; else anything
     out               [B, query heads, n, Dv] if DIRECT, else fp32 [S, B * H * n * G, Dv], as `parts` of `merge`
     lse               fp32 [S, B * H * n * G]: log-sum-exp of each part
@@ -54,6 +56,7 @@ Symbols
     MASK              NO_MASK, BOOL_MASK or ADDED_MASK
     CAUSAL            without a mask: whether query i sees positions up to L + i, or all
     PLACED, DIRECT    whether positions are given; whether there is one split, and out is final
+    CAP, SINKS        what scores are capped at, 0 if they are not; whether there are sinks
     BM                query rows, rounded up: the columns of a tile
     BT                tokens of a body tile, which begins at body token BT * tile
     TP, J             tokens of a part of it, one operand of the tensor core; J = BT / TP parts. Part j is field j of
@@ -149,6 +152,8 @@ CONSTANTS = {
     "CAUSAL": True,
     "PLACED": True,
     "DIRECT": False,
+    "CAP": 0.0,
+    "SINKS": False,
     "K": Form(
         kind=1, heads=2, channels=64, item=2, sink=4, recent=128, flush=64, word=16, low=4, high=0, t=64, c=1,
         groups=64, params=2, levels=16, doubled=15, divisor=15, sink_offset=64, ring_offset=1088, body_offset=33856
@@ -369,6 +374,12 @@ def token_index(j: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr):
     return r // 16 * (BT // (TP // 16)) + j * 16 + r % 16
 
 
+@triton.jit
+def capped(s, CAP: tl.constexpr):
+    """CAP tanh(s / CAP), exact to a rounding of CAP; s where CAP is 0."""
+    return s
+
+
 @triton.constexpr_function
 def boost(f):
     """What p' is multiplied by, so that neither small nor large scales leave the range of fp16: a power of two."""
@@ -378,8 +389,8 @@ def boost(f):
 @triton.jit
 def body_tile(
     tile, k_arena, v_arena, h, NK, NV, mask_rows, mask_p, live, first, end, q, factor, sums, m, mass, sides, acc,
-    MASK: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr,
-    ASM: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAP: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
+    BM: tl.constexpr, ASM: tl.constexpr, ELEMENT: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):
     """One whole tile of the body: the new (m, mass, sides, acc). MASK: none, or one that is added."""
     J: tl.constexpr = BT // TP
@@ -425,6 +436,7 @@ def body_tile(
         if begins_block(K, j * 16):
             middle = tl.max(less[block_of(K, j * 16)], 0) * factor
         x += middle[None, :]
+        x = capped(x, CAP * LOG2E)
         scores = scores + (x,)
     s = scores
 
@@ -557,8 +569,8 @@ def token_pairs(stored, p0, encoded, OTHER: tl.constexpr, MIX: tl.constexpr, F: 
 def mixed_tile(
     p0, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_p, live, first, end, h, NK, NV,
     length, k_encoded, v_encoded, total, i, q, factor, sums, m, mass, sides, acc,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr,
-    WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr,
+    CV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):
     """MIX tokens from position p0 on, wherever they lie: the new (m, mass [BM], sides of [BM], acc)."""
     KC: tl.constexpr = K.channels // CK
@@ -590,6 +602,7 @@ def mixed_tile(
         less += tl.max(tl.dot(tl.broadcast_to(middle[None, :], [16, CK]), q[a]), 0)
         s = tl.dot(x, q[a] * tl.where(real, scale, 1.0 / SHRINK)[:, None], s)
     s = (s + less[None, :]) * factor[None, :]
+    s = capped(s, CAP * LOG2E)
     seen = seen & (p[:, None] <= length + i[None, :])
     s = tl.where(seen, s, BLANK)
     top = tl.maximum(m, tl.max(s, 0))
@@ -612,11 +625,13 @@ def mixed_tile(
     + ["see_b", "see_h", "see_n"]
 )
 def decode_split(
-    q, k_new, v_new, mask, bounds, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, NK, NV, k_row, v_row,
-    width, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p, see_b, see_h, see_n,
+    q, k_new, v_new, mask, bounds, sinks, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, NK, NV,
+    k_row, v_row, width, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
+    see_b, see_h, see_n,
     G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, DIRECT: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, MIX: tl.constexpr,
+    CK: tl.constexpr, CV: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):
     """Program: (split, batch row and kv head). Arguments and results as those of `attend.attend_split`.
 
@@ -695,7 +710,7 @@ def decode_split(
     for tile in tl.range(lo_tile, clear, num_stages=STAGES):
         m, masses, sides, acc = body_tile(
             tile, k_arena, v_arena, h, NK, NV, mask_rows, mask_p, live, first, end, x, factor, sums,
-            m, masses, sides, acc, NO_MASK, BT, TP, CK, CV, BM, ASM, ELEMENT, WIDE, K, V,
+            m, masses, sides, acc, NO_MASK, CAP, BT, TP, CK, CV, BM, ASM, ELEMENT, WIDE, K, V,
         )
 
     mass = tl.sum(masses, 0)
@@ -709,13 +724,14 @@ def decode_split(
         m, mass, middles, acc = mixed_tile(
             ORIGIN + tile * MIX, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, live, first, end,
             h, NK, NV, length, k_encoded, v_encoded, total, i, x, factor, sums, m, mass, middles, acc,
-            MASK, CAUSAL, MIX, CK, CV, BM, WIDE, ASM, K, V,
+            MASK, CAUSAL, CAP, MIX, CK, CV, BM, WIDE, ASM, K, V,
         )
 
     # `merge` may start
     tl.extra.cuda.gdc_launch_dependents()
+    decay = 1.0
     nothing = mass == 0
-    unit = 1.0 / tl.where(nothing, 1.0, mass)
+    unit = decay / tl.where(nothing, 1.0, mass)
     bad = tl.where(fault, float("nan"), 0.0)
     cv = tl.arange(0, CV)
     row = tl.program_id(1).to(tl.int64) * rows
