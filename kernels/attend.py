@@ -35,6 +35,9 @@ Symbols beyond those of `kernels.codec`:
     ORIGIN            where the first tile begins: a position, 0 or less
     FIRST             tokens before the body of both
     sinks             [query heads]: a score without a value for each, if SINKS; else anything
+    shown, hidden     cached tokens that are seen, the last ones, if WINDOW; how many that hides. A mask then begins at
+                      the first of them
+    WINDOW            whether only some are seen: a sliding window
     CAP, SINKS        what scores are capped at, 0 if they are not; whether there are sinks
     UNIT              log2 of the base of the exponentials
     parts             fp32 [S, B * H * n * G, D]: what the splits leave in `out`
@@ -175,8 +178,7 @@ def attend_split(
 
     PLACED: positions are given. CHUNK: there may be whole tiles of new tokens. DIRECT: S is 1 and `out`
     [B, query heads, n, Dv] is final; otherwise out is fp32 [S, B * H * n * G, Dv] and lse [S, B * H * n * G].
-    SINKS: `sinks` [query heads] are given. WINDOW: only the last `shown` cached tokens are seen, and the mask begins at
-    the first of them.
+    SINKS: `sinks` [query heads] are given. WINDOW: only the last `shown` cached tokens are seen.
     """
     ORIGIN: tl.constexpr = origin(K, BN)
     b, h = tl.program_id(1) // K.heads, tl.program_id(1) % K.heads

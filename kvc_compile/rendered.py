@@ -90,10 +90,10 @@ ON_A_CPU = (
 
 
 def machine_here() -> Machine:
-    from kvc_compile.lowering import launch  # imports Triton
+    from kvc_compile.lowering import launch, tuned  # import Triton
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return Machine(launch.multiprocessors(device), launch.launches_early(device))
+    return Machine(tuned.multiprocessors(device), launch.launches_early(device))
 
 
 def add(uses: list[Use], new: list[Use]) -> None:
@@ -138,10 +138,15 @@ def attend_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
     cap, sinks = node.kwargs.get("cap", 0.0), node.kwargs.get("sinks")
     call = Attention(
         k, v, batch, heads // form(k).heads, n, room, value(q).dtype, dtype_of(mask), bool(causal),
-        dtype_of(positions), float(cap), dtype_of(sinks),  # type: ignore[arg-type]
+        dtype_of(positions), float(cap), dtype_of(sinks), node.kwargs.get("shown") is not None,  # type: ignore[arg-type]
     )  # fmt: skip
     layers = tuple(e.site.layer for e in plan.planned if e.site.index == node.meta.get(SITE))
-    for kernel in attention(call, machine):
+    sizes = splits = None
+    if value(q).is_cuda:
+        from kvc_compile.lowering import tuned  # imports Triton
+
+        sizes, splits = tuned.chosen(k.key, v.key, call.groups, n, call.dtype, batch, room, value(q).device)
+    for kernel in attention(call, machine, splits, sizes):
         yield Use(kernel, layers, ROLES, (k, v))
 
 

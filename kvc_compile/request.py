@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class Request:
         dump = runtime.get("dump") or os.environ.get("KVC_DUMP") or None
         if dump is not None and not isinstance(dump, (str, Path)):
             raise OptionError(f"option 'dump' is {dump!r}: the path of a directory is allowed")
-        return Request(loaded, chosen, str(dump) if dump else None, **switches)
+        made = Request(loaded, chosen, str(dump) if dump else None)
+        return replace(made, verify=switches["verify"], strict=switches["strict"], tune=switches["tune"])
 
 
 __all__ = ["OptionError", "Request", "SpecError"]

@@ -44,6 +44,8 @@ Symbols
     n                 new tokens a sequence, and queries a head
     S                 splits of the sequence; each leaves (o, lse) and `merge` combines them
     S1, S2            the splits before S1 take body tiles, those from S2 on the others
+    shown, hidden     cached tokens that are seen, the last ones, if WINDOW; how many that hides. A mask then begins at
+                      the first of them
     NK, NV            body tokens that an arena of keys, of values has room for
     k_row, v_row      bytes from one row of an arena to the next
     width             positions that the mask covers
@@ -57,6 +59,7 @@ Symbols
     CAUSAL            without a mask: whether query i sees positions up to L + i, or all
     PLACED, DIRECT    whether positions are given; whether there is one split, and out is final
     CAP, SINKS        what scores are capped at, 0 if they are not; whether there are sinks
+    WINDOW            whether only some are seen: a sliding window
     BM                query rows, rounded up: the columns of a tile
     BT                tokens of a body tile, which begins at body token BT * tile
     TP, J             tokens of a part of it, one operand of the tensor core; J = BT / TP parts. Part j is field j of
@@ -154,6 +157,7 @@ CONSTANTS = {
     "DIRECT": False,
     "CAP": 0.0,
     "SINKS": False,
+    "WINDOW": False,
     "K": Form(
         kind=1, heads=2, channels=64, item=2, sink=4, recent=128, flush=64, word=16, low=4, high=0, t=64, c=1,
         groups=64, params=2, levels=16, doubled=15, divisor=15, sink_offset=64, ring_offset=1088, body_offset=33856
@@ -569,8 +573,9 @@ def token_pairs(stored, p0, encoded, OTHER: tl.constexpr, MIX: tl.constexpr, F: 
 def mixed_tile(
     p0, k_arena, v_arena, k_new, v_new, k_stride, v_stride, mask_rows, mask_p, live, first, end, h, NK, NV,
     length, k_encoded, v_encoded, total, i, q, factor, sums, m, mass, sides, acc,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr,
-    CV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr,
+    CK: tl.constexpr, CV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr,
 ):
     """MIX tokens from position p0 on, wherever they lie: the new (m, mass [BM], sides of [BM], acc)."""
     KC: tl.constexpr = K.channels // CK
@@ -621,17 +626,17 @@ def mixed_tile(
 
 
 @triton.jit(
-    do_not_specialize=["NK", "NV", "n", "S", "S1", "S2", "width", "mask_b", "mask_h", "mask_n", "mask_p"]
+    do_not_specialize=["NK", "NV", "n", "S", "S1", "S2", "shown", "width", "mask_b", "mask_h", "mask_n", "mask_p"]
     + ["see_b", "see_h", "see_n"]
 )
 def decode_split(
-    q, k_new, v_new, mask, bounds, sinks, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, NK, NV,
+    q, k_new, v_new, mask, bounds, sinks, positions, out, lse, k_data, v_data, scale, n, S, S1, S2, shown, NK, NV,
     k_row, v_row, width, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n, mask_p,
     see_b, see_h, see_n,
     G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, DIRECT: tl.constexpr,
-    CAP: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, MIX: tl.constexpr,
-    CK: tl.constexpr, CV: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-    EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    TP: tl.constexpr, MIX: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr, EARLY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):
     """Program: (split, batch row and kv head). Arguments and results as those of `attend.attend_split`.
 
@@ -667,6 +672,7 @@ def decode_split(
     end = tl.full([BM], 0, tl.int32) + total
     plain = True
     mask_rows = mask + b * mask_b + (h * G + g) * mask_h + i.to(tl.int64) * mask_n
+    hidden = 0
     end = length + i + 1
     lo, hi = tl.min(tl.where(live, first, total), 0), tl.max(tl.where(live, end, 0), 0)
     all_lo, all_hi = tl.max(tl.where(live, first, 0), 0), tl.min(tl.where(live, end, total), 0)
@@ -724,7 +730,7 @@ def decode_split(
         m, mass, middles, acc = mixed_tile(
             ORIGIN + tile * MIX, k_arena, v_arena, k_new, v_new, k_n, v_n, mask_rows, mask_p, live, first, end,
             h, NK, NV, length, k_encoded, v_encoded, total, i, x, factor, sums, m, mass, middles, acc,
-            MASK, CAUSAL, CAP, MIX, CK, CV, BM, WIDE, ASM, K, V,
+            MASK, CAUSAL, CAP, WINDOW, MIX, CK, CV, BM, WIDE, ASM, K, V,
         )
 
     # `merge` may start
