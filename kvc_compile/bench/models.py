@@ -1,0 +1,70 @@
+"""The model that is measured: a shape, with random weights. Time and memory do not depend on what they are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from kvc_compile.layout import Layout
+from kvc_compile.plan import layout_of
+from kvc_compile.sites import CacheTensor
+from kvc_compile.spec import Spec
+
+LLAMA_3_8B = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+}  # fmt: skip
+TOY = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+class ModelError(Exception):
+    """A model that cannot be measured, in words for the user."""
+
+
+def config_of(folder: str | None, device: str) -> Any:
+    """The config in a folder, or Llama-3-8B's; a toy's on a CPU."""
+    try:
+        from transformers import AutoConfig, LlamaConfig
+    except ImportError as error:
+        raise ModelError(f"{error}; install kvc-compile[hf]") from None
+    if folder is None:
+        return LlamaConfig(**(LLAMA_3_8B if device.startswith("cuda") else TOY))
+    if not os.path.isdir(folder):
+        raise ModelError(f"--model {folder}: a folder with a config.json is allowed")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"--model {folder}: {str(error).strip().splitlines()[0]}") from None
+
+
+def dtype_of(device: str) -> torch.dtype:
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def build(config: Any, device: str) -> Any:
+    """The model in the dtype of the device, in eval mode. Its weights are what initialisation makes them."""
+    from transformers import AutoModelForCausalLM
+
+    config._attn_implementation = "sdpa"
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype_of(device)).eval()
+
+
+def head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layouts(config: Any, spec: Spec, device: str) -> list[tuple[Layout, Layout]]:
+    """The layouts of every layer's keys and values."""
+    dtype = str(dtype_of(device)).removeprefix("torch.")
+    cache = CacheTensor("static", "", "", "", config.num_key_value_heads, head_dim(config), dtype)
+    layers = config.num_hidden_layers
+    asked = [spec.layer(i, layers) for i in range(layers)]
+    word = "cuda" if device.startswith("cuda") else "cpu"
+    return [(layout_of(a.k, cache, word), layout_of(a.v, cache, word)) for a in asked]
