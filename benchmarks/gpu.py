@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one call: its tests, the kernel and whole-model benchmarks, and the demo.
+"""Everything that needs a GPU, in one call: its tests, `kvc bench`, and the demo.
 
-    python benchmarks/gpu.py --out results.json [--skip tests,kernels,model,demo]
+    python benchmarks/gpu.py --out results.json [--plot plot.svg] [--skip tests,bench,demo] [--minutes 8.5]
 
 Compare numbers within one run only. The results that the README quotes are checked in under benchmarks/results/.
 """
@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-LONG_SPEC = "examples/specs/long-context-4bit.yaml"
 
 
 def command(*words: str) -> str:
@@ -37,17 +37,14 @@ def tests() -> dict[str, Any]:
     return {"summary": command("-m", "pytest", "-n", "8", *folders).strip().splitlines()[-1]}
 
 
-def kernels() -> dict[str, Any]:
-    sys.path.insert(0, str(HERE))
-    import gpu_kernels
-
-    out: dict[str, Any] = {}
-    gpu_kernels.run(out)
-    return out
-
-
-def model() -> dict[str, Any]:
-    return json.loads(command(str(HERE / "long_context.py"), "--all", "--spec", LONG_SPEC).splitlines()[-1])
+def bench(minutes: float, plot: Path | None) -> dict[str, Any]:
+    """Its progress line and tables go to this process's own output."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        words = ["bench", "--device", "cuda", "--minutes", str(minutes), "--out", str(out)]
+        words += ["--plot", str(plot.resolve())] if plot else []
+        subprocess.run([sys.executable, "-P", "-m", "kvc_compile.cli.main", *words], cwd=ROOT, check=False)
+        return json.loads(out.read_text())
 
 
 def demo() -> dict[str, Any]:
@@ -55,20 +52,14 @@ def demo() -> dict[str, Any]:
     return json.loads(text[text.index("{") :])
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"tests": tests, "model": model, "kernels": kernels, "demo": demo}
-
-
 def setup() -> dict[str, Any]:
-    import torch
-    import transformers
-    import triton
+    from importlib.metadata import version
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        # in a process of its own: this one takes no memory of a GPU
+        "device": command("-c", "import torch; print(torch.cuda.get_device_name())").strip(),
+        **{name: version(name) for name in ("torch", "triton", "transformers")},
         "python": platform.python_version(),
         "commit": os.environ.get("KVC_COMMIT") or commit.stdout.strip() or "unknown",
     }
@@ -77,10 +68,17 @@ def setup() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--skip", default="", help=f"parts to leave out, of {', '.join(PARTS)}")
+    parser.add_argument("--plot", type=Path, help="a picture of the benchmark")
+    parser.add_argument("--minutes", type=float, default=8.5, help="that the benchmark may take (default: 8.5)")
+    parser.add_argument("--skip", default="", help="parts to leave out, of tests, bench, demo")
     args = parser.parse_args()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "bench": lambda: bench(args.minutes, args.plot),
+        "tests": tests,
+        "demo": demo,
+    }
     results: dict[str, Any] = {"setup": setup()}
-    for name, part in PARTS.items():
+    for name, part in parts.items():
         if name in args.skip.split(","):
             continue
         started = time.time()

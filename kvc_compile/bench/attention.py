@@ -1,4 +1,4 @@
-"""The time of one decode attention over a compressed cache, against the fastest of 16 bits and what the device reads."""
+"""The time of one decode attention over a compressed cache, against the fastest 16-bit one and the read rate."""
 
 from __future__ import annotations
 

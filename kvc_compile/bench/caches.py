@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kvc_compile.bench.plan import QUANTIZED, STATIC
 from kvc_compile.spec import Spec
 
 QUANTIZED_BITS = 4
+SIZES = r".*\.max_cache_len"  # what Dynamo must not take for a constant, for one graph to serve all sizes
 
 
 class Missing(Exception):
@@ -24,8 +26,10 @@ class HfStatic:
     in the graph, which is faster. Its attention is over all of the room.
 
     name: for the tables; own_graph: each size has a compiled graph of its own; compiled_prefill: else a prompt runs
-    through the model as it is, as `generate` does it.
+    through the model as it is, as `generate` does it; note: what else a reader should know.
     """
+
+    note = ""
 
     name, own_graph, compiled_prefill = STATIC, True, False
 
@@ -38,9 +42,15 @@ class HfStatic:
         return torch.compile(model, mode=self.mode, dynamic=False)
 
     def backend(self, gm: Any, inputs: list[Any]) -> Any:
+        """What `compile` hands Dynamo's graph to."""
         return torch._TorchCompileInductorWrapper(self.mode, None, False)(gm, inputs)
 
+    def tracing(self) -> AbstractContextManager[Any]:
+        """Within, the model is compiled."""
+        return nullcontext()
+
     def filled(self, like: Tensor, batch: int, tokens: int, room: int) -> Any:
+        """A cache object after `tokens` tokens. like: a tensor of the model's dtype on its device."""
         return synthetic.plain(self.config, self.pairs, batch, tokens, room, like)
 
     def empty(self, room: int) -> Any:
@@ -75,6 +85,9 @@ class Compressed(HfStatic):
         compiler: Any = lookup_backend("kvc")
         return compiler(gm, inputs, options=self.options)
 
+    def tracing(self) -> AbstractContextManager[Any]:
+        return torch.compiler.config.patch(dynamic_sources=SIZES)  # type: ignore[attr-defined]
+
     def filled(self, like: Tensor, batch: int, tokens: int, room: int) -> Any:
         return synthetic.compressed(self.config, self.pairs, batch, tokens, room, like)
 
@@ -87,7 +100,7 @@ class Compressed(HfStatic):
 
 class HfQuantized(HfStatic):
     """Hugging Face's quantised cache: every step dequantises all of it, and nothing is compiled. It is filled by a
-    prompt."""
+    prompt. Its bytes predict nothing: it reads what it stores, and writes and reads all of it once more."""
 
     name, own_graph, compiled_prefill = QUANTIZED, False, False
 
@@ -100,13 +113,11 @@ class HfQuantized(HfStatic):
         failed = []
         for backend in ("quanto", "hqq"):
             try:
+                self.note = f"{backend}, {QUANTIZED_BITS} bits"
                 return QuantizedCache(backend, self.config, nbits=QUANTIZED_BITS)
             except ImportError as error:
                 failed.append(f"{backend}: {str(error).splitlines()[0]}")
         raise Missing("; ".join(failed))
-
-    def read_bytes(self, batch: int, tokens: int, room: int) -> int:
-        return batch * sum(layout.dense_bytes(tokens) for p in self.pairs for layout in p) * QUANTIZED_BITS // 16
 
 
 def mode(device: str) -> str:

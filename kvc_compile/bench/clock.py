@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-REPLAYS = 11
+REPLAYS, LEAST_REPLAYS = 11, 3
+ENOUGH = 0.25  # seconds of replays
 SHORTEST = 8  # calls that a graph holds at least, so that its launch does not count
 
 
@@ -35,15 +36,18 @@ def call_seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
     with torch.cuda.graph(graph):
         for i in range(count):
             calls[i % len(calls)]()
-    times = []
-    for _ in range(REPLAYS + 3):
+
+    def replay() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / count)
-    return statistics.median(times[3:])
+        return start.elapsed_time(end) / 1e3
+
+    first = [replay() for _ in range(2)][1]
+    replays = max(LEAST_REPLAYS, min(REPLAYS, int(ENOUGH / first)))
+    return statistics.median(replay() for _ in range(replays)) / count
 
 
 def step_seconds(step: Callable[[], object], count: int, device: str) -> float:

@@ -40,14 +40,8 @@ class Bench:
         if self.settings.until is not None and time.time() > self.settings.until:
             return replace(empty, error="left out: no time was left")
         try:
-            if point.part in ("largest batch", "longest context"):
-                row = self.most(point)
-            elif point.part == "prefill":
-                from kvc_compile.bench.prefill import prefill
-
-                row = prefill(self, point)
-            else:
-                row = self.decode(point)
+            with self.cache.tracing():
+                row = self.at(point)
         except torch.cuda.OutOfMemoryError as error:
             row = replace(empty, error=f"does not fit: {first_line(error)}")
         except Exception as error:  # one point that fails must not lose the others
@@ -55,10 +49,23 @@ class Bench:
         self.free()
         return replace(row, setup_s=round(time.perf_counter() - began, 1))
 
+    def at(self, point: Point) -> Step:
+        if point.part in ("largest batch", "longest context"):
+            return self.most(point)
+        if point.part == "prefill":
+            from kvc_compile.bench.prefill import prefill
+
+            return prefill(self, point)
+        return self.decode(point)
+
     def free(self) -> None:
         """What a point took, given back before the next: a graph for each size goes with it."""
         if self.cache.own_graph:
             torch._dynamo.reset()
+            if self.device.startswith("cuda"):
+                from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+                reset_cudagraph_trees()  # with the memory that its graphs have for themselves
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -77,7 +84,7 @@ class Bench:
     def decode(self, point: Point) -> Step:
         """The time of a step at this point, and what its bytes predict."""
         room, cuda = self.room(point.context), self.device.startswith("cuda")
-        need = self.cache.room_bytes(point.batch, room)
+        need, quantized = self.cache.room_bytes(point.batch, room), isinstance(self.cache, HfQuantized)
         row = self.predicted(point, room)
         if (cuda or self.settings.memory is not None) and need > self.available():
             return replace(row, cache_bytes=need, error="does not fit: its cache alone is larger than the free memory")
@@ -85,9 +92,11 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         past = self.cache.filled(self.like, point.batch, point.context, room)
         token = torch.zeros(point.batch, 1, dtype=torch.int64, device=self.device)
-        if isinstance(self.cache, HfQuantized):
+        if quantized:
+            row = replace(row, read_bytes=None, predicted_s=None)
             ids = torch.randint(0, self.model.config.vocab_size, (point.batch, point.context), device=self.device)
-            self.model(input_ids=ids, past_key_values=past, logits_to_keep=1)
+            with torch.no_grad():
+                self.model(input_ids=ids, past_key_values=past, logits_to_keep=1)
         elif point.batch > 1 and not self.cache.own_graph:
             torch._dynamo.maybe_mark_dynamic(token, 0)
         logits = None
@@ -98,7 +107,7 @@ class Bench:
             logits = self.step(input_ids=token, past_key_values=past, logits_to_keep=1).logits
             token = logits[:, -1:].argmax(-1).clone()
 
-        before = skips()
+        before, compiled = skips(), misses()
         with torch.no_grad():
             for _ in range(WARM_STEPS):
                 decode()
@@ -110,10 +119,12 @@ class Bench:
             seconds=seconds,
             tokens_per_s=point.batch / seconds,
             over_predicted=seconds / row.predicted_s if row.predicted_s else None,
-            cache_bytes=need if cuda or not isinstance(self.cache, HfQuantized) else None,
+            cache_bytes=None if quantized else need,
             peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             cudagraph_skips=skips() - before if cuda else None,
+            compiles=misses() - compiled,
             finite=bool(torch.isfinite(logits).all()),
+            note=self.cache.note,
         )
 
     def predicted(self, point: Point, room: int) -> Step:
@@ -168,6 +179,13 @@ def skips() -> int:
     from torch._dynamo.utils import counters
 
     return counters["inductor"]["cudagraph_skips"]
+
+
+def misses() -> int:
+    """Graphs that Inductor compiled and did not find in its cache."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["fxgraph_cache_miss"]
 
 
 def first_line(error: BaseException) -> str:

@@ -121,14 +121,15 @@ def points(s: Settings, baseline: bool) -> tuple[Point, ...]:
 
 def jobs(s: Settings, specs: Sequence[Spec]) -> list[Job]:
     """One for each way to hold the cache and each dtype of attention calls."""
-    found = []
-    if "attention" in s.parts:
-        found += [Job(f"attention {d}", s, dtype=d) for d in ("bfloat16", "float16")]
     whole = []
     for spec in specs:
         whole.append(Job(spec.name, s, spec.name, spec.expanded(), points(s, baseline=False)))
-    whole.append(Job(STATIC, s, STATIC, None, points(s, baseline=True)))
+    whole.insert(2, Job(STATIC, s, STATIC, None, points(s, baseline=True)))
     if "model" in s.parts:
         one = Point("model", min(s.batches), sorted(s.contexts)[len(s.contexts) // 2])
         whole.append(Job(QUANTIZED, s, QUANTIZED, None, (one,)))
-    return [*(j for j in whole if j.points), *found]
+    found = [j for j in whole if j.points]
+    if "attention" in s.parts:
+        found.insert(1, Job("attention bfloat16", s, dtype="bfloat16"))
+        found.insert(4, Job("attention float16", s, dtype="float16"))
+    return found

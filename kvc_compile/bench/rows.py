@@ -47,9 +47,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement of a whole model. seconds: of a decode step (of the first token, for a prefill); read_bytes: of
-    weights and cache that a decode step needs; predicted_s: these over the read rate (for a prefill: FLOP over the
-    multiply rate); cache_bytes: allocated for the cache; peak_bytes: of the allocator, weights included."""
+    """One measurement of a whole model.
+
+    seconds: of a decode step, or of a prompt's first token; read_bytes: of weights and cache that a decode step needs;
+    predicted_s: these over the read rate (for a prompt: its FLOP over the multiply rate); cache_bytes: of the whole
+    cache; peak_bytes: of the allocator, weights included; setup_s: of the point in all; compiles: graphs that were
+    compiled for it and not found in a cache on disk; cudagraph_skips: graphs that could not be recorded.
+    """
 
     part: str
     cache: str
@@ -63,6 +67,7 @@ class Step:
     cache_bytes: int | None = None
     peak_bytes: int | None = None
     setup_s: float | None = None
+    compiles: int | None = None
     cudagraph_skips: int | None = None
     finite: bool | None = None
     note: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,10 +52,9 @@ def heading(results: Mapping[str, Any]) -> str:
     tune = {None: "no tuning database in this version", True: "tuning on", False: "tuning off"}[s["tune"]]
     rates = [c["read"] for c in results["ceilings"].values()]
     if rates:
-        lines.append(
-            f"Ceilings of this run: reads {rate(min(rates))} to {rate(max(rates))}; {tune}; {s['seconds']:.0f} s in all"
-        )
-    return "\n".join(lines)
+        found = f"reads {rate(min(rates))} to {rate(max(rates))}"
+        lines.append(f"Ceilings of this run: {found}; {tune}; {s['seconds']:.0f} s in all")
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, WIDTH))
 
 
 def rate(per_second: float) -> str:
@@ -87,7 +87,7 @@ def attention(calls: Sequence[Mapping[str, Any]], dtype: str) -> str:
         rows.append([name, *cells])
         shares.append([name, *share])
     lines = [
-        f"One attention call, {dtype}: microseconds of the best 16-bit one, PyTorch's or ours, and gains over it",
+        f"One attention call, {dtype}: microseconds of the best at 16 bits, PyTorch's or ours; gains over it",
         "",
         *grid([head, *rows]),
         "",
@@ -116,7 +116,14 @@ def table_of(part: str, steps: Sequence[Mapping[str, Any]]) -> list[str]:
         ])  # fmt: skip
     if part == "prefill":
         head[4], head[5] = "prompt tokens/s", "of its FLOP ms"
-    return grid([head, *rows]) if rows else ["nothing was measured"]
+    lines = grid([head, *rows]) if rows else ["nothing was measured"]
+    for s in steps:
+        said = [s["note"]] if s["note"] else []
+        said += ["CUDA graphs were skipped"] if s["cudagraph_skips"] else []
+        said += ["its output is not finite"] if s["finite"] is False else []
+        if said and s["seconds"]:
+            lines.append(f"  {s['cache']}, {s['batch']}x{tokens(s['context'])}: {'; '.join(said)}")
+    return lines
 
 
 def ms(seconds: float | None) -> str:

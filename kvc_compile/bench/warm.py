@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kvc_compile.bench import models
 from kvc_compile.bench.caches import Compressed, HfStatic, cache_of
 from kvc_compile.bench.decode import SPARE, WARM_STEPS
-from kvc_compile.bench.plan import Job, Point
+from kvc_compile.bench.plan import QUANTIZED, Job, Point
 from kvc_compile.layout import Layout
 
 
@@ -24,6 +24,8 @@ class Compiled(Exception):
 
 def split(job: Job) -> list[Job]:
     """The compiles of a job, each as a job of its own."""
+    if job.cache == QUANTIZED:
+        return []
     if job.dtype:
         return [job]
     decode = [p for p in job.points if p.part in ("model", "growth")]
@@ -61,7 +63,7 @@ def trace(cache: HfStatic, config: Any, point: Point, device: str, room: int) ->
         cache.backend(gm, inputs)
         raise Compiled
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), cache.tracing():
         net = models.build(config, device)
         like = torch.empty(0, dtype=models.dtype_of(device), device=device)
         prompt = point.part == "prefill"
