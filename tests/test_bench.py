@@ -333,7 +333,7 @@ def test_tables_read_well() -> None:
         "3214567",
         "128k",
         "1024k",
-        "cudnn",
+        "150.0 16",
         "int2",
         "does not fit",
         "0.90",
