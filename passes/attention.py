@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from kvc_compile.passes.fx import bind, is_call, same, shape, signature, value
+from kvc_compile.passes.fx import bind, constant, is_call, same, shape, signature, value
 
 SDPA = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
 _SDPA = signature(
@@ -90,7 +90,7 @@ def read_sdpa(node: Node) -> Attention | NotAttention:
     scale = a["scale"]
     if scale is None:
         scale = 1 / math.sqrt(shape(q)[3])  # type: ignore[index]
-    if not isinstance(scale, (int, float)):
+    if (scale := constant(scale)) is None:
         return NotAttention(node, "a scale that is not a constant")
     return Attention(node, "sdpa", q, k, v, mask, bool(a["is_causal"]), float(scale), bool(a["enable_gqa"]), ())
 
@@ -197,8 +197,8 @@ def _factor(s: Any) -> float | None:
     """f for `s = x * f` or `s = x / (1 / f)` with a constant f."""
     if not is_call(s, *PRODUCT_OR_QUOTIENT) or len(s.args) != 2 or s.kwargs:
         return None
-    f = s.args[1]
-    if not isinstance(f, (int, float)) or not f:
+    f = constant(s.args[1])
+    if not f:
         return None
     return float(f) if s.target in PRODUCT else 1 / float(f)
 

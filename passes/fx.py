@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 
 def value(node: Any) -> Any:
     """The fake value of a node (or the constant itself)."""
     return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def constant(x: Any) -> int | float | None:
+    """A number, or what a symbol stands for, which a guard then keeps; None where it is neither."""
+    v = value(x)
+    if isinstance(v, torch.SymFloat):
+        return float(v) if not free_unbacked_symbols(v) else None
+    if isinstance(v, torch.SymInt):
+        return int(v) if not free_unbacked_symbols(v) else None
+    return v if isinstance(v, (int, float)) and not isinstance(v, bool) else None
 
 
 def shape(node: Any) -> tuple | None:

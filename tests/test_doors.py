@@ -102,6 +102,20 @@ def test_a_call_runs_compressed(door, kind, model, compiles):
     assert compiles and handles(cache) == {True}
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_sizes_and_numbers_that_may_vary(kind, attention, model, compiles):
+    """Under dynamic=True the scale is a symbol: the graph is compiled for its value, and again for another one."""
+    model.set_attn_implementation(attention)
+    compiled = torch.compile(model, backend="kvc", options=LOSSLESS, dynamic=True)
+    for factor in (1, 4):
+        model.model.layers[0].self_attn.scaling *= factor
+        want = decode(model, new_cache(model, kind, 32), prompt(tokens=9))
+        got = decode(compiled, new_cache(model, kind, 32), prompt(tokens=9))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert {(s.status, s.pattern == "read back") for s in report(model).sites} == {("compressed", False)}
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_the_wrapped_model_stays_plain(kind, model, compiles):
     """`torch.compile(model).generate` borrows the model's own `generate`, and gives it back."""
