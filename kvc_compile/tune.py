@@ -29,11 +29,11 @@ def tune(gm: GraphModule, request: Request) -> None:
         tuned.use(file)
     if not request.tune or os.environ.get("KVC_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
         return
-    from kvc_compile.lowering import bench, tuning
+    from kvc_compile.lowering import replay, tuning
 
     for device in dict.fromkeys(d for _, d in found):
         try:
-            tuning.tune([p for p, d in found if d == device], device, bench.GraphBench)
+            tuning.tune([p for p, d in found if d == device], device, replay.GraphBench)
         except (RuntimeError, ValueError) as error:
             log.warning("kvc tuning failed, the usual sizes are used: %s", error)
 

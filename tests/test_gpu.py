@@ -102,7 +102,7 @@ def test_attention_of_any_form(name, kind, mode):
 @torch.no_grad()
 def test_the_first_use_tunes_and_the_next_does_not(monkeypatch, tmp_path):
     """A compile times the variants of the kernel for a layout that is new; what it chooses computes the same."""
-    from kvc_compile.lowering import bench, tuned
+    from kvc_compile.lowering import replay, tuned
 
     monkeypatch.setenv("KVC_TUNING_DIR", str(tmp_path))
     model, ids = tiny("llama", device="cuda", dtype=torch.bfloat16), prompt(tokens=100, device="cuda")
@@ -123,7 +123,7 @@ def test_the_first_use_tunes_and_the_next_does_not(monkeypatch, tmp_path):
         assert torch.cuda.memory_allocated() < held + (64 << 20)  # the scratch caches are gone
         (entry,) = [e for family in tuned.database().families.values() for e in family]
         assert list(tmp_path.rglob("*.json")) and entry.timings[0][1] is not None and not entry.cut_short
-        monkeypatch.setattr(bench, "GraphBench", None)  # it is not asked again, by another process either
+        monkeypatch.setattr(replay, "GraphBench", None)  # it is not asked again, by another process either
         for f in (tuned.database, tuned.chosen):
             f.cache_clear()
         torch.testing.assert_close(logits(), want, atol=0.05, rtol=0.05)

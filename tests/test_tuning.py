@@ -602,7 +602,7 @@ def test_what_a_graph_will_run():
 
 def test_a_compile_tunes_unless_told_otherwise(database, monkeypatch, tmp_path):
     from kvc_compile import tune
-    from kvc_compile.lowering import bench
+    from kvc_compile.lowering import replay
 
     asked = []
 
@@ -611,7 +611,7 @@ def test_a_compile_tunes_unless_told_otherwise(database, monkeypatch, tmp_path):
             super().__init__(lambda c: 1.0 + p.candidates.index(c))
             asked.append(p)
 
-    monkeypatch.setattr(bench, "GraphBench", Bench)
+    monkeypatch.setattr(replay, "GraphBench", Bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("KVC_TUNE", raising=False)
     gm = graph_of()
@@ -638,9 +638,9 @@ def test_a_compile_tunes_unless_told_otherwise(database, monkeypatch, tmp_path):
 
 def test_a_failure_to_tune_is_a_warning(database, monkeypatch, caplog):
     from kvc_compile import tune
-    from kvc_compile.lowering import bench
+    from kvc_compile.lowering import replay
 
-    monkeypatch.setattr(bench, "GraphBench", lambda p, d: (_ for _ in ()).throw(RuntimeError("CUDA error: launch")))
+    monkeypatch.setattr(replay, "GraphBench", lambda p, d: (_ for _ in ()).throw(RuntimeError("CUDA error: launch")))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("KVC_TUNE", raising=False)
     tune.tune(graph_of(), Request.of({"kvc": 1}))
@@ -660,11 +660,11 @@ def test_the_option():
 @pytest.mark.parametrize("codec", [Codec("raw"), Codec("fp", 8), Codec("fp", 8, (64, 1)), KL.codec, VL.codec])
 def test_scratch_caches_hold_finite_numbers(codec):
     from kvc_compile.kernels import reference
-    from kvc_compile.lowering import bench
+    from kvc_compile.lowering import replay
 
     layout = Layout(codec, 2, 64, "bfloat16", 4, 64, max(codec.block[0], 1), 16)
     before = torch.get_rng_state()
-    data = bench.scratch(2, 500, layout, torch.device("cpu"), torch.Generator().manual_seed(0))
+    data = replay.scratch(2, 500, layout, torch.device("cpu"), torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
     assert reference.lengths(reference.views(data, layout))[0] == 500
     x = reference.read(data, layout, 0, 500)
@@ -672,15 +672,15 @@ def test_scratch_caches_hold_finite_numbers(codec):
 
 
 def test_scratch_caches_fit_the_memory():
-    from kvc_compile.lowering import bench
+    from kvc_compile.lowering import replay
 
-    whole = bench.shrunk(DECODE, 1 << 40)
+    whole = replay.shrunk(DECODE, 1 << 40)
     assert whole[:2] == (8, DECODE.room - 1)
     for budget in (whole[2] * 2, whole[2], 100 << 20, 8 << 20):
-        batch, tokens, nbytes = bench.shrunk(DECODE, budget)
-        assert 2 * nbytes <= budget and (batch == 8 or tokens < 2 * bench.LEAST_TOKENS)
+        batch, tokens, nbytes = replay.shrunk(DECODE, budget)
+        assert 2 * nbytes <= budget and (batch == 8 or tokens < 2 * replay.LEAST_TOKENS)
     with pytest.raises(torch.OutOfMemoryError):
-        bench.shrunk(DECODE, 1000)
+        replay.shrunk(DECODE, 1000)
 
 
 # ---------------------------------------------------------------- kvc tune
@@ -696,7 +696,7 @@ def kvc(*words: str) -> int:
 @pytest.fixture
 def gpu(database, monkeypatch):
     """`kvc tune` on a made-up GPU: the fifth candidate is the fastest."""
-    from kvc_compile.lowering import bench
+    from kvc_compile.lowering import replay
 
     def make(p, device):
         made = FakeBench(lambda c: 80.0 if c == p.candidates[4] else 100.0, unfit=p.candidates[2:3])
@@ -704,7 +704,7 @@ def gpu(database, monkeypatch):
         return made
 
     asked: list = []
-    monkeypatch.setattr(bench, "GraphBench", make)
+    monkeypatch.setattr(replay, "GraphBench", make)
     monkeypatch.setattr(command, "gpu", lambda: GPU)
     return asked
 

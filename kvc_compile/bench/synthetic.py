@@ -1,8 +1,4 @@
-"""Caches that are full without a prompt: random codes and scales written straight into arenas.
-
-The content is that of no text, but it is valid, and every byte that attention reads is there. Time does not depend on
-the values: the kernels have no branch on them.
-"""
+"""Caches that are full without a prompt."""
 
 from __future__ import annotations
 
@@ -14,41 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kvc_compile.handle import CacheHandle, Tag, track
 from kvc_compile.kernels import reference
-from kvc_compile.kernels.reference import ENCODED, LENGTH
 from kvc_compile.layout import Layout
-
-NO_NAN = 0xBF  # as a mask of float8 e4m3: magnitudes below 2
-OFFSET = 0.1  # standard deviation of the blocks' middles
-
-
-def fill(arena: Tensor, layout: Layout, tokens: int) -> None:
-    """Make an arena, uint8 [B, row_bytes], a cache of `tokens` tokens whose values are of the order of 1.
-
-    Raises ValueError if it has no room for them.
-    """
-    encoded = layout.encoded_after(tokens, 0)
-    if encoded > layout.capacity_of(arena.shape[1]):
-        room = layout.capacity_of(arena.shape[1])
-        raise ValueError(f"an arena with room for {room} encoded tokens cannot hold {encoded}, of {tokens} in all")
-    v = reference.views(arena, layout)
-    for words in v.planes:
-        if layout.packed:
-            low, high = (0, 256) if words.dtype == torch.uint8 else (-(1 << 15), 1 << 15)
-            words.random_(low, high)
-        elif layout.codec.kind == "fp":
-            words.view(torch.uint8).random_(0, 256).bitwise_and_(NO_NAN)
-        else:
-            words.normal_()
-    if v.params is not None:
-        unit = layout.codec.centre if layout.packed else 1.0
-        v.params[..., 0].uniform_(0.5 / unit, 1.5 / unit)
-        if layout.codec.zero_point:
-            v.params[..., 1].normal_(0, OFFSET)
-    v.sink.normal_()
-    v.ring.normal_()
-    v.header.zero_()
-    v.header[..., LENGTH] = tokens
-    v.header[..., ENCODED] = encoded
+from kvc_compile.lowering.synthetic import fill
 
 
 def handle(layout: Layout, batch: int, tokens: int, room: int, device: str, tag: Tag) -> CacheHandle:

@@ -88,13 +88,13 @@ def tune(args: argparse.Namespace) -> int:
     target = export_file(args.export, spec)
     shape = shape_of(args)
     device = gpu()
-    from kvc_compile.lowering import bench, tuning
+    from kvc_compile.lowering import replay, tuning
 
     problems = problems_of(spec, shape, args.batch, args.tokens)
     found: dict[Problem, Entry] = {}
     for p in problems:
         try:
-            found.update((p, e) for e in tuning.tune([p], device, bench.GraphBench, args.seconds, finish=True))
+            found.update((p, e) for e in tuning.tune([p], device, replay.GraphBench, args.seconds, finish=True))
         except ValueError as error:  # no kernel takes such caches
             raise TuneError(str(error)) from None
     entries = list(dict.fromkeys(found.values()))

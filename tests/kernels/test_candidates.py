@@ -10,7 +10,7 @@ import torch
 
 from kvc_compile.kernels import reference
 from kvc_compile.kernels.form import form
-from kvc_compile.lowering import bench, launch, tuned
+from kvc_compile.lowering import launch, replay, tuned
 from kvc_compile.lowering.candidates import SHARES, candidates, fits
 from kvc_compile.lowering.decoding import Tiles, tiles
 from kvc_compile.lowering.tuning import Unfit
@@ -65,10 +65,10 @@ def test_a_bench_refuses_what_differs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 << 20, 80 << 20))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(bench.GraphBench, "replayed", lambda self, c: 5.0)
+    monkeypatch.setattr(replay.GraphBench, "replayed", lambda self, c: 5.0)
     kl, vl = layout("int4z.64x1", 1, 64, "float16", 16), layout("int4z.1x64", 1, 64, "float16", 16, recent=30)
     p = tuned.Problem(kl, vl, 2, 1, torch.float16, 1, 600)
-    made = bench.GraphBench(p, torch.device("cpu"))
+    made = replay.GraphBench(p, torch.device("cpu"))
     assert sum(x.nbytes for pair in made.caches for x in pair) > 4 * gpu.L2_cache_size
     assert len({x.data_ptr() for pair in made.caches for x in pair}) == 2 * len(made.caches) > 4
     assert [made.time(c) for c in p.candidates[:2]] == [5.0, 5.0] and made.expected.norm() > 0

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from kvc_compile.kernels.reference import ENCODED, LENGTH, views
+from kvc_compile.kernels.reference import empty
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import launch
 from kvc_compile.lowering.candidates import Sizes
+from kvc_compile.lowering.synthetic import fill
 from kvc_compile.lowering.tuned import Problem
 from kvc_compile.lowering.tuning import Unfit
 
@@ -107,21 +108,7 @@ def shrunk(p: Problem, budget: int) -> tuple[int, int, int]:
 
 
 def scratch(batch: int, tokens: int, layout: Layout, device: torch.device, dice: torch.Generator) -> Tensor:
-    """An arena that holds `tokens` tokens: random codes and small random scales, all of them finite."""
-    data = torch.zeros(batch, layout.row_bytes(tokens), dtype=torch.uint8, device=device)
-    v = views(data, layout)
-    v.header[..., LENGTH] = tokens
-    v.header[..., ENCODED] = layout.encoded_after(tokens, 0)
-    for exact in (v.sink, v.ring):
-        exact.normal_(generator=dice)
-    for plane in v.planes:
-        if layout.packed:
-            info = torch.iinfo(plane.dtype)
-            plane.random_(info.min, info.max + 1, generator=dice)
-        elif layout.codec.kind == "fp":
-            plane.view(torch.uint8).random_(0, 256, generator=dice).bitwise_and_(0xBF)  # up to 1.875, and no NaN
-        else:
-            plane.normal_(generator=dice)
-    if v.params is not None:
-        v.params.normal_(std=0.05, generator=dice)
+    """An arena that holds `tokens` tokens: random codes, and scales that differ little, all of them finite."""
+    data = empty(batch, tokens, layout, device)
+    fill(data, layout, tokens, dice)
     return data
