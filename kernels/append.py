@@ -15,11 +15,21 @@ Symbols beyond those of `kernels.codec`:
     BLOCK, STEP      tokens whose scales are found together; tokens that are encoded with them at a time
     WRITE            whether the scales are written, too: with the first plane
     TOKENS           new tokens of a program
+    program          batch row and head
+    k_data, v_data   uint8 [B, row bytes]: the arenas of keys and of values, if one launch is for both
+    k_new, v_new     new tokens [B, H, 1, D] of both
+    k_row, v_row     bytes from one row of an arena to the next
+    k_b, k_h, v_b, v_h   strides of k_new and v_new
+    NK, NV           body tokens that the arenas have room for
+    GK, CK, GV, CV   GP and CP of keys and of values;  DK, DV likewise DP
+    DK, DV           channels of a key and of a value, rounded up to powers of two
+    K, V             Form: the facts of the layout of keys, of values
 
     last = first + flush * ceil(max(0, total - sink - first - recent) / flush)
 
-A token leaves the ring before another takes its slot. One new token is one launch: a program owns a head, and barriers
-keep that order. More are three: encode, store, commit; each reads the header, only the last writes it.
+A token leaves the ring before another takes its slot. One new token is one launch, or one for keys and values: a
+program owns a head, and barriers keep that order. More are three: encode, store, commit; each reads the header, only
+the last writes it.
 """
 
 from __future__ import annotations
@@ -231,12 +241,12 @@ def store_header(arena, h, length, encoded, fits):
     tl.store(head + 2, tl.where(fits, 0, 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["N"])
-def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
-                 PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
-                 F: tl.constexpr):  # fmt: skip
-    """One new token a sequence. Program: (batch row, head)."""
-    b, h = tl.program_id(0) // F.heads, tl.program_id(0) % F.heads
+@triton.jit
+def append_one(data, x, positions, row_stride, x_stride_b, x_stride_h, N, program,
+               PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+               F: tl.constexpr):  # fmt: skip
+    """Append one token to one head of one sequence."""
+    b, h = program // F.heads, program % F.heads
     arena = data + b.to(tl.int64) * row_stride
     x += b.to(tl.int64) * x_stride_b + h.to(tl.int64) * x_stride_h
     start, first, last, fits = plan(arena, h, positions, 1, N, PLACED, F)
@@ -246,6 +256,27 @@ def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
     tl.debug_barrier()  # the new token may take the slot of one that was just encoded
     store_tokens(arena, x, 0, h, start, last, 1, tl.arange(0, 1), fits, DP, F)
     store_header(arena, h, start + 1, last, fits)
+
+
+@triton.jit(do_not_specialize=["N"])
+def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
+                 PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+                 F: tl.constexpr):  # fmt: skip
+    """One new token a sequence. Program: (batch row and head)."""
+    program = tl.program_id(0)
+    append_one(data, x, positions, row_stride, x_stride_b, x_stride_h, N, program, PLACED, GP, CP, DP, F)
+
+
+@triton.jit(do_not_specialize=["NK", "NV"])
+def append_pair(k_data, v_data, k_new, v_new, positions, k_row, v_row, k_b, k_h, v_b, v_h, NK, NV,
+                PLACED: tl.constexpr, GK: tl.constexpr, CK: tl.constexpr, DK: tl.constexpr, GV: tl.constexpr,
+                CV: tl.constexpr, DV: tl.constexpr, K: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """One new key and value a sequence. Program: (batch row and head, keys or values)."""
+    program = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        append_one(k_data, k_new, positions, k_row, k_b, k_h, NK, program, PLACED, GK, CK, DK, K)
+    else:
+        append_one(v_data, v_new, positions, v_row, v_b, v_h, NV, program, PLACED, GV, CV, DV, V)
 
 
 @triton.jit(do_not_specialize=["N", "n"])

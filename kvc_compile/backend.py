@@ -12,6 +12,7 @@ from kvc_compile.beside import Beside
 from kvc_compile.bound import Bound, owner_of
 from kvc_compile.doors import install
 from kvc_compile.dump import Trail
+from kvc_compile.passes.fuse import fuse_appends
 from kvc_compile.passes.fx import duplicate, value
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
@@ -36,6 +37,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     warn_declined(plan, request)
     say_read_back(plan)
     rewritten = rewrite(gm, matches, plan)
+    fuse_appends(gm.graph)
     verify(gm, plan)
     trail.rewritten(gm)
     if beside:

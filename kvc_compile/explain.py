@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from kvc_compile.analyse import analyse
 from kvc_compile.dump import Trail
+from kvc_compile.passes.fuse import fuse_appends
 from kvc_compile.passes.fx import duplicate
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
@@ -84,6 +85,7 @@ class Look:
         trail = Trail(self.request, gm, plan, example_inputs)
         if trail.active:
             rewrite(gm, matches, plan)
+            fuse_appends(gm.graph)
             verify(gm, plan)
             trail.rewritten(gm)
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
 from kvc_compile.lowering.render import render
-from kvc_compile.lowering.variants import Attention, Kernel, Machine, appending, attention, reading
+from kvc_compile.lowering.variants import Attention, Kernel, Machine, appending, appending_pair, attention, reading
 from kvc_compile.passes.fx import is_call, value
 from kvc_compile.passes.rewrite import SITE
 from kvc_compile.plan import WORD, Plan
@@ -161,6 +161,15 @@ def append_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
     yield from uses_of(key, plan, appending(Layout.parse(key), hint(value(x).shape[2]), dtype_of(positions)))  # type: ignore[arg-type]
 
 
+def pair_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
+    """The kernel of a `kvc::append_pair`: of all layers that store keys and values in these layouts."""
+    positions, *keys = node.args[4:7]
+    k, v = (Layout.parse(key) for key in keys)  # type: ignore[arg-type]
+    layers = tuple(sorted({e.site.layer for e in plan.planned if [e.key.key, e.value.key] == keys}))
+    for kernel in appending_pair(k, v, dtype_of(positions)):
+        yield Use(kernel, layers, ROLES, (k, v))
+
+
 def read_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
     """The kernel of a `kvc::read`."""
     _, _, key, last = node.args[:4]
@@ -170,6 +179,7 @@ def read_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
 OPERATORS = {
     kvc.attend.default: attend_uses,
     kvc.append.default: append_uses,
+    kvc.append_pair.default: pair_uses,
     kvc.encode.default: append_uses,
     kvc.extend.default: append_uses,
     kvc.read.default: read_uses,

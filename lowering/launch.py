@@ -198,3 +198,26 @@ def append(data: Tensor, x: Tensor, layout: Layout, positions: Tensor | None) ->
         A.append_encode[A.pieces(f, n), batch * heads](data, x, at, rows, *source, capacity, n, **encode)
         A.append_store[triton.cdiv(n, store["TOKENS"]), batch * heads](data, x, at, rows, *source, capacity, n, **store)
         A.append_commit[batch * heads,](data, at, rows, capacity, n, **commit)
+
+
+def append_pair(
+    k_data: Tensor,
+    v_data: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_layout: Layout,
+    v_layout: Layout,
+    positions: Tensor | None,
+) -> None:
+    """`append` of one key and one value [B, H, 1, D] a sequence, in one launch."""
+    batch, heads = k_new.shape[:2]
+    k_new = inner_contiguous(k_new, getattr(torch, k_layout.dtype))
+    v_new = inner_contiguous(v_new, getattr(torch, v_layout.dtype))
+    at, placed = (k_data, False) if positions is None else (positions, True)
+    constants = variants.append_pair(form(k_layout), form(v_layout), placed)
+    with on(k_data.device):
+        A.append_pair[batch * heads, 2](
+            k_data, v_data, k_new, v_new, at, k_data.stride(0), v_data.stride(0), *k_new.stride()[:2],
+            *v_new.stride()[:2], k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
+            **constants,
+        )  # fmt: skip

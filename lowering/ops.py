@@ -84,6 +84,31 @@ def _(data, x, positions, layout, after):
     return None
 
 
+@operator(mutates=("k_data", "v_data"))
+def append_pair(
+    k_data: Tensor,
+    v_data: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    positions: Tensor | None,
+    k_layout: str,
+    v_layout: str,
+    after: Sequence[Tensor],
+) -> None:
+    """`append` of one key and one value [B, H, 1, D] a sequence, in one launch; `passes.fuse` puts it there."""
+    k, v = Layout.parse(k_layout), Layout.parse(v_layout)
+    if k_data.is_cuda:
+        _kernels().append_pair(k_data, v_data, k_new, v_new, k, v, positions)
+    else:
+        cpu.append(k_data, k_new, positions, k)
+        cpu.append(v_data, v_new, positions, v)
+
+
+@shapes(append_pair)
+def _(k_data, v_data, k_new, v_new, positions, k_layout, v_layout, after):
+    return None
+
+
 @operator()
 def encode(x: Tensor, tokens: int, layout: str) -> Tensor:
     """A new arena with room for `tokens` tokens that holds x [B, H, n, D]."""

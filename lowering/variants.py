@@ -90,15 +90,27 @@ def merge(splits: int, rows: int, channels: int, groups: int, early: bool) -> Co
 
 def append(f: Form, placed: bool, n: int) -> dict[str, Constants]:
     """The kernels that append n tokens, in order."""
-    tile = {"GP": power_of_2(f.groups), "CP": power_of_2(min(f.c, f.channels))}
-    channels = power_of_2(f.channels)
+    groups, channels, padded = append_tile(f)
+    tile = {"GP": groups, "CP": channels}
     if n == 1:
-        return {"append_token": {"PLACED": placed, **tile, "DP": channels, "F": f, "num_warps": 4}}
+        return {"append_token": {"PLACED": placed, **tile, "DP": padded, "F": f, "num_warps": 4}}
     return {
         "append_encode": {"PLACED": placed, **tile, "F": f, "num_warps": 4},
-        "append_store": {"PLACED": placed, "TOKENS": STORE, "DP": channels, "F": f, "num_warps": 4},
+        "append_store": {"PLACED": placed, "TOKENS": STORE, "DP": padded, "F": f, "num_warps": 4},
         "append_commit": {"PLACED": placed, "F": f, "num_warps": 1},
     }
+
+
+def append_pair(k: Form, v: Form, placed: bool) -> Constants:
+    """The kernel that appends one key and one value."""
+    keys = dict(zip(("GK", "CK", "DK"), append_tile(k), strict=True))
+    values = dict(zip(("GV", "CV", "DV"), append_tile(v), strict=True))
+    return {"PLACED": placed, **keys, **values, "K": k, "V": v, "num_warps": 4}
+
+
+def append_tile(f: Form) -> tuple[int, int, int]:
+    """Channel groups, channels of a group and channels, each rounded up to a power of two."""
+    return power_of_2(f.groups), power_of_2(min(f.c, f.channels)), power_of_2(f.channels)
 
 
 def read_tokens(f: Form, last: bool) -> Constants:
@@ -207,6 +219,14 @@ def appending(layout: Layout, n: int, positions: torch.dtype | None) -> list[Ker
         Kernel(f"append.{name}", constants, pointers)
         for name, constants in append(form(layout), positions is not None, n).items()
     ]
+
+
+def appending_pair(k: Layout, v: Layout, positions: torch.dtype | None) -> list[Kernel]:
+    """The kernel that `launch.append_pair` launches."""
+    pointers = {"k_data": "uint8", "v_data": "uint8", "k_new": k.dtype, "v_new": v.dtype}
+    if positions is not None:
+        pointers["positions"] = spelled(positions)
+    return [Kernel("append.append_pair", append_pair(form(k), form(v), positions is not None), pointers)]
 
 
 def reading(layout: Layout, last: bool) -> list[Kernel]:

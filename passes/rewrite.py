@@ -347,17 +347,20 @@ class _Rewrite:
     # ------------------------------------------------------------ the end of the graph
 
     def finish(self) -> None:
+        behind: dict[Node, Node] = {}  # a last read -> the append that was put there last: keys come before values
         for cache, (c, layout, m) in self.appends.items():
             arena = self.arenas[cache]
             role = "keys" if c is m.key else "values"
             reads = self.reads.get(cache, [])
-            with self.graph.inserting_after(self.last_read[cache]):
+            last = self.last_read[cache]
+            with self.graph.inserting_after(behind.get(last, last)):
                 if isinstance(c, Buffer):
-                    self.call(kvc.append.default, arena, c.x, c.positions, layout.key, reads, like=c.append)
+                    new = self.call(kvc.append.default, arena, c.x, c.positions, layout.key, reads, like=c.append)
                 elif shape(c.x)[2] == 1:  # type: ignore[index]
-                    self.call(kvc.append.default, arena, c.x, None, layout.key, reads, like=c.node)
+                    new = self.call(kvc.append.default, arena, c.x, None, layout.key, reads, like=c.node)
                 else:
-                    arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
+                    new = arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
+            behind[last] = new
             if isinstance(c, Buffer):
                 self.dead = [c.append, *self.dead, *c.views]
                 for n in (c.append, *c.views):

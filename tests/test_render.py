@@ -321,8 +321,7 @@ def test_a_dump_for_a_gpu_has_its_kernels(tmp_path):
         found[len(names)] = names
     three = [f"append_{part}_{role}.py" for part in ("encode", "store", "commit") for role in ("keys", "values")]
     both = ["decode_split.py", "merge.py"]
-    step = ["append_token_keys.py", "append_token_values.py", *both]
-    assert found == {4: step, 8: sorted([*three, *both])}
+    assert found == {3: ["append_pair.py", *both], 8: sorted([*three, *both])}
 
 
 def test_what_no_kernel_takes_is_said(tmp_path):

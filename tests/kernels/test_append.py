@@ -48,6 +48,35 @@ def test_bytes_equal_the_reference(device, codec, heads, channels, dtype, word, 
         assert torch.equal(data.cpu(), expected), f"after {n} tokens"
 
 
+@pytest.mark.parametrize("placed", (False, True))
+@pytest.mark.parametrize(
+    "k, v, channels, dtype",
+    [
+        ("int4z.64x1", "int4z.1x32", (16, 32), "float16"),
+        ("int3z.16x1", "fp8", (20, 16), "bfloat16"),
+        ("raw", "int2z.1x16", (16, 16), "float32"),
+    ],
+)
+def test_keys_and_values_in_one_launch(device, k, v, channels, dtype, placed):
+    """The bytes of both are those of two appends, from an empty cache to one that has encoded some blocks."""
+    forms = [layout(x, 2, d, dtype, 16, 3) for x, d in zip((k, v), channels, strict=True)]
+    expected = [blank(2, 200, form) for form in forms]
+    data = [x.clone().to(device) for x in expected]
+    length = 0
+    for before in (0, 1, 60, 80):  # tokens that go first
+        for n in (before, 1):
+            new = [keys(2, 2, n, d, dtype) for d in channels]
+            for x, y, form, d in zip(new, expected, forms, data, strict=True):
+                reference.append(y, x, form)
+                if n != 1:
+                    launch.append(d, x.to(device), form, None)
+            if n == 1:
+                positions = torch.tensor([length], device=device) if placed else None
+                launch.append_pair(*data, *(x.to(device) for x in new), *forms, positions)
+            length += n
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(data, expected, strict=True)), length
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_walk_leaves_the_reference_bytes(device, seed):
     """Appends of random sizes, now and then from a position that the cache already holds."""

@@ -36,6 +36,7 @@ Symbols
     PIECE             tokens of a plane that one step encodes: whole word groups and whole scale blocks
     BLOCK, STEP       tokens whose scales are found together; tokens that are encoded with them at a time
     WRITE             whether the scales are written, too: with the first plane
+    program           batch row and head
     arena             uint8 pointer to one batch row: header | sink | ring | planes | params
     h                 head of the cache (kv head)
     p                 position of a token in the sequence;  i = p - F.sink its place in the body
@@ -322,12 +323,12 @@ def store_header(arena, h, length, encoded, fits):
     tl.store(head + 2, tl.where(fits, 0, 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["N"])
-def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
-                 PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
-                 F: tl.constexpr):
-    """One new token a sequence. Program: (batch row, head)."""
-    b, h = tl.program_id(0) // F.heads, tl.program_id(0) % F.heads
+@triton.jit
+def append_one(data, x, positions, row_stride, x_stride_b, x_stride_h, N, program,
+               PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+               F: tl.constexpr):
+    """Append one token to one head of one sequence."""
+    b, h = program // F.heads, program % F.heads
     arena = data + b.to(tl.int64) * row_stride
     x += b.to(tl.int64) * x_stride_b + h.to(tl.int64) * x_stride_h
     start, first, last, fits = plan(arena, h, positions, 1, N, PLACED, F)
@@ -335,3 +336,12 @@ def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
     tl.debug_barrier()  # the new token may take the slot of one that was just encoded
     store_tokens(arena, x, 0, h, start, last, 1, tl.arange(0, 1), fits, DP, F)
     store_header(arena, h, start + 1, last, fits)
+
+
+@triton.jit(do_not_specialize=["N"])
+def append_token(data, x, positions, row_stride, x_stride_b, x_stride_h, N,
+                 PLACED: tl.constexpr, GP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+                 F: tl.constexpr):
+    """One new token a sequence. Program: (batch row and head)."""
+    program = tl.program_id(0)
+    append_one(data, x, positions, row_stride, x_stride_b, x_stride_h, N, program, PLACED, GP, CP, DP, F)
