@@ -134,7 +134,7 @@ def attend_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
     q, _, v_data, _, _, mask, positions, causal, _, k_key, v_key = node.args[:11]
     k, v = Layout.parse(k_key), Layout.parse(v_key)  # type: ignore[arg-type]
     batch, heads, n, _ = (hint(x) for x in value(q).shape)
-    room = v.capacity_of(hint(value(v_data).shape[1])) + v.sink + v.recent + n
+    room = v.capacity_of(row_bytes(v_data, v)) + v.sink + v.recent + n
     cap, sinks = node.kwargs.get("cap", 0.0), node.kwargs.get("sinks")
     call = Attention(
         k, v, batch, heads // form(k).heads, n, room, value(q).dtype, dtype_of(mask), bool(causal),
@@ -197,6 +197,13 @@ def uses_of(key: Any, plan: Plan, kernels: list[Kernel]) -> Iterator[Use]:
 
 def dtype_of(node: Any) -> torch.dtype | None:
     return None if node is None else value(node).dtype
+
+
+def row_bytes(arena: Any, layout: Layout) -> int:
+    """Of an arena that comes in, or is born in the graph."""
+    if is_call(arena, kvc.empty.default):
+        return layout.row_bytes(hint(value(arena.args[2])))
+    return hint(value(arena).shape[1])
 
 
 def hint(size: Any) -> int:

@@ -324,6 +324,26 @@ def test_a_dump_for_a_gpu_has_its_kernels(tmp_path):
     assert found == {3: ["append_pair.py", *both], 8: sorted([*three, *both])}
 
 
+def test_a_cache_that_is_born_in_the_graph(tmp_path):
+    """Its attention is that of a chunk of the room that the cache is made with."""
+
+    class Born(torch.nn.Module):
+        def forward(self, x, positions, mask):
+            keys, values = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 64, 16)
+            keys.index_copy_(2, positions, x)
+            values.index_copy_(2, positions, x)
+            s = torch.matmul(x, keys.transpose(2, 3)) * 0.25 + mask
+            return torch.matmul(s.softmax(-1), values), keys, values
+
+    positions = torch.arange(5)
+    mask = torch.zeros(1, 1, 5, 64).masked_fill(torch.arange(64) > positions[:, None], -torch.inf)
+    options = {"spec": {"bits": 4}, "dump": str(tmp_path)}
+    found = explain(Born(), options, torch.randn(1, 1, 5, 16), positions, mask, device="cuda")
+    assert found.sites[0].status == "compressed"
+    (folder,) = tmp_path.iterdir()
+    assert "attend_split.py" in {p.name for p in (folder / "kernels").iterdir()}
+
+
 def test_what_no_kernel_takes_is_said(tmp_path):
     kept = [torch.zeros(1, 1, test_dump.TOKENS, test_dump.WIDTH, dtype=torch.float64) for _ in range(2)]
     x, positions = torch.randn(1, 1, 2 * test_dump.WIDTH, dtype=torch.float64), torch.tensor([3])
