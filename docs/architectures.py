@@ -6,8 +6,8 @@
     python docs/architectures.py --json rows.jsonl --resume     # goes on where an earlier run with this file ended
 
 A tiny random model runs untouched and compiled with the lossless spec, prefill and decode steps, fed the same tokens;
-all logits are compared. The rewritten graphs run without Inductor, since what is looked at is the rewrite; --inductor
-compiles them, too.
+all logits are compared. The rewritten graphs run as they are, since what is looked at is the rewrite; --inductor
+compiles them, too. The table in docs/ has the sdpa modes with it and the eager modes without.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Running:
     """A process that measures one row."""
 
     def __init__(self, name: str, mode: str, inductor: bool):
-        self.name, self.mode = name, mode
+        self.name, self.mode, self.inductor = name, mode, inductor
         context = multiprocessing.get_context("fork")  # torch and transformers are imported already
         self.pipe, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=work, args=(theirs, name, mode, inductor))
@@ -183,7 +183,7 @@ class Running:
             row = {"status": "error", "error": late or f"it ended with code {self.process.exitcode}", "place": ""}
         self.process.kill()
         self.process.join()
-        return {"name": self.name, "mode": self.mode, **row}
+        return {"name": self.name, "mode": self.mode, "inductor": self.inductor, **row}
 
 
 def work(pipe: Any, name: str, mode: str, inductor: bool) -> None:
@@ -206,7 +206,20 @@ def read(log: Path) -> list[Row]:
 def page(rows: list[Row], modes: list[str]) -> str:
     reasons = Reasons()
     lines = table(rows, modes, reasons)
-    return "\n".join([HEAD.format(**facts()), *summary(rows, modes), "", LEGEND, *lines, "", *reasons.text()]) + "\n"
+    return (
+        "\n".join(
+            [
+                HEAD.format(**facts(), through=through(rows, modes)),
+                *summary(rows, modes),
+                "",
+                LEGEND,
+                *lines,
+                "",
+                *reasons.text(),
+            ]
+        )
+        + "\n"
+    )
 
 
 HEAD = """# Decoder-only language models of transformers
@@ -215,8 +228,8 @@ Made by `python docs/architectures.py` with kvc_compile {kvc}, torch {torch}, tr
 
 Tiny random models in float32 (one layer of each kind, windows of {window} tokens) run untouched and compiled with the
 lossless spec `{{kvc: 1}}`: a prefill of {prompt} tokens and {steps} decode steps, batch {batch}, both fed the same
-random tokens. All logits are compared; they are wrong if two differ by more than {limit:g}. The rewritten graphs run
-without Inductor: what is looked at is the rewrite. A mode is the kind of cache and the kind of attention.
+random tokens. All logits are compared; they are wrong if two differ by more than {limit:g}. A mode is the kind of
+cache and the kind of attention. {through}
 """
 
 LEGEND = """*all compressed*: every cache of the model is held compressed at the end, and no graph made one dense.
@@ -228,6 +241,16 @@ full for the model's own attention. *+n in part*: n more are compressed in some 
 class has no sdpa attention. Empty: not measured. *difference*: the largest of two logits, over all modes. Small
 numbers: reasons, below the table.
 """
+
+
+def through(rows: list[Row], modes: list[str]) -> str:
+    """Which modes were compiled to the end."""
+    with_it = [m for m in modes if all(r["inductor"] for r in rows if r["mode"] == m)]
+    if with_it == modes:
+        return "All graphs run through Inductor."
+    if not with_it:
+        return "The rewritten graphs run without Inductor: what is looked at is the rewrite."
+    return f"The graphs of {' and '.join(with_it)} run through Inductor, the others as they are rewritten."
 
 
 def facts() -> dict[str, Any]:
@@ -331,8 +354,6 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has")
     parser.add_argument("--inductor", action="store_true", help="compile what is rewritten, too: much slower")
     args = parser.parse_args()
-    if args.inductor and args.out == str(OUT):
-        parser.error("--inductor needs an --out of its own: the table in docs/ is made without")
     modes = args.modes.split(",")
     names = args.names or architectures()
     if unknown := sorted(set(names) - set(architectures())) + sorted(set(modes) - set(MODES)):
