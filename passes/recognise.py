@@ -3,7 +3,7 @@
 The rules of legality, all of them here. An attention is a site if
  1. keys and values each lead, through proved views only, to a cache tensor with one append (`caches`);
  2. K and V pair up: same kind, same positions, same number of tokens, KV heads and head repetition;
- 3. query heads are KV heads x repetition, in the order of `repeat_kv`;
+ 3. query heads are KV heads x repetition, in the order of `repeat_kv`, or there is one KV head;
  4. every use of the cache tensor is its append, a view that ends in an attention, a size, or the graph's output;
     each use that reads comes after the append;
  5. the mask is a tensor over all positions of the cache, or absent where the cache has no empty positions; attention
@@ -174,7 +174,8 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
     if kp.groups != vp.groups:
         raise Decline("keys and values are repeated for different numbers of query heads")
     repeated = ks[1] * kp.groups
-    if qs[1] != repeated and not (a.broadcast_heads and kp.groups == 1 and qs[1] % ks[1] == 0):
+    for_all = ks[1] == 1 or (a.broadcast_heads and qs[1] % ks[1] == 0)  # one head of keys serves all by broadcasting
+    if qs[1] != repeated and not (for_all and kp.groups == 1):
         raise Decline(f"{qs[1]} query heads on {ks[1]} key heads repeated {kp.groups} times")
     dtypes = {value(n).dtype for n in (a.q, key.node, val.node, a.node)}
     if len(dtypes) > 1:

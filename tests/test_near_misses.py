@@ -657,7 +657,7 @@ ATTENTION = {
         "out = F.scaled_dot_product_attention(q.reshape(b, -1, g * n, q.shape[3]), keys, values, attn_mask=mask)\n"
         "out = out.reshape(b, q.shape[1], n, -1)"
     ),
-    "sdpa, one head for all without saying": near(
+    "sdpa, one head for all without saying": same(
         "out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)", needs={"sizes": "one key head"}
     ),
     "sdpa of three dimensions": near(
