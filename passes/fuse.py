@@ -16,9 +16,12 @@ kvc = torch.ops.kvc  # defined by `lowering.ops`, which the rewrite imports
 def fuse_appends(graph: Graph) -> int:
     """Fuse each append of one token to a GPU's arena with the next one, where nothing between the two uses the first
     one's arena or changes what it appends, and both write to the same positions; how many were."""
+    appends = list(graph.find_nodes(op="call_function", target=kvc.append.default))
+    if not any(worth(node) for node in appends):
+        return 0
     fused, first, writers = 0, None, Writers(graph)
-    for node in list(graph.find_nodes(op="call_function", target=kvc.append.default)):
-        if shape(node.args[1])[2] != 1 or Layout.parse(node.args[3]).word != WORD["cuda"]:  # type: ignore[index, arg-type]
+    for node in appends:
+        if not worth(node):
             first = None
         elif first is not None and together(first, node, writers):
             k, v = first.args, node.args
@@ -32,6 +35,11 @@ def fuse_appends(graph: Graph) -> int:
         else:
             first = node
     return fused
+
+
+def worth(append: Node) -> bool:
+    """Whether it is one token's, and a kernel's."""
+    return shape(append.args[1])[2] == 1 and Layout.parse(append.args[3]).word == WORD["cuda"]  # type: ignore[index, arg-type]
 
 
 def together(first: Node, second: Node, writers: Writers) -> bool:
