@@ -295,14 +295,15 @@ def rewind(data: Tensor, layout: Layout, length: int) -> None:
     v.header[..., LENGTH] = length
 
 
-def trim(data: Tensor, layout: Layout, tokens: int) -> int:
-    """Forget the oldest tokens but `tokens` or a few more: whole units, so that nothing is encoded anew. Returns how
-    many are forgotten. The first ones that remain are in the sink from then on, as they are decoded."""
+def trim(data: Tensor, layout: Layout, drop: int) -> None:
+    """Forget the oldest `drop` tokens: whole units, so that nothing is encoded anew, and encoded ones. The first ones
+    that remain are in the sink from then on, as they are decoded."""
     v = views(data, layout)
     length, encoded = lengths(v)
-    drop = min(length - tokens, encoded - layout.sink) // layout.unit * layout.unit
-    if drop <= 0:
-        return 0
+    if drop % layout.unit or not 0 <= drop <= max(0, encoded - layout.sink):
+        raise ValueError(f"{drop} tokens cannot be forgotten: {encoded} are encoded, in units of {layout.unit}")
+    if not drop:
+        return
     first = read(data, layout, drop, drop + layout.sink).clone()
     exact = read_ring(v, layout, layout.sink + encoded, length).clone()
     for words, p in zip(v.planes, layout.planes, strict=True):
@@ -315,7 +316,6 @@ def trim(data: Tensor, layout: Layout, tokens: int) -> int:
     v.header[..., LENGTH] = length - drop
     v.header[..., ENCODED] = encoded - drop
     write_ring(v, layout, layout.sink + encoded - drop, exact)
-    return drop
 
 
 def append(data: Tensor, x: Tensor, layout: Layout, start: int | None = None) -> None:

@@ -13,7 +13,7 @@ from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
-from kvc_compile.plan import SLACK, window_row_bytes
+from kvc_compile.plan import SLACK, Slide
 
 if TYPE_CHECKING:
     from kvc_compile.beside import Beside
@@ -82,8 +82,8 @@ def take(args: Sequence[Any], i: Input, owner: str) -> CacheHandle:
             )
         start = tensor.shape[2] if i.pushed else None if i.start is None else int(args[i.start].reshape(-1)[0])
         import_(tensor, i, start, owner)
-    if i.pushed:
-        make_room(tensor, i.pushed)
+    if i.slide:
+        make_room(tensor, i.pushed, i.slide)
     elif i.static:
         settle(tensor, i, args)
     else:
@@ -108,8 +108,9 @@ def settle(window: CacheHandle, i: Input, args: Sequence[Any]) -> None:
     window.arena.__dict__.pop("kvc_total", None)  # only now: the next call must meet the same error
 
 
-def make_room(window: CacheHandle, tokens: int) -> None:
-    """Room for `tokens` more in the arena of a full window, whose oldest tokens may go."""
+def make_room(window: CacheHandle, tokens: int, slide: Slide) -> None:
+    """Room for `tokens` more in the arena of a full window, whose oldest tokens may go. What happens depends on numbers
+    of tokens alone: the same to keys and values."""
     arena, layout, visible = window.arena, window.stored, window.shape[2]
     total = getattr(arena, "kvc_total", None)
     if total is None:
@@ -122,9 +123,12 @@ def make_room(window: CacheHandle, tokens: int) -> None:
                 layout,
             )
             total = visible
-    size = window_row_bytes(layout, visible, tokens)
-    if arena.shape[1] != size or layout.body_tokens(total + tokens) > layout.capacity_of(size):
-        total -= cpu.trim(arena, layout, visible)
+    room = slide.room(visible, tokens)
+    size = layout.row_bytes(room)
+    if arena.shape[1] != size or total + tokens > room:
+        drop = slide.forgotten(total, visible)
+        cpu.trim(arena, layout, drop)
+        total -= drop
     if arena.shape[1] != size:
         window.arena = moved(cpu.resize(arena, size, layout), arena)
     window.arena.kvc_total = total + tokens  # type: ignore[attr-defined]
@@ -172,8 +176,10 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
         total = o.appended if o.appended >= 0 else int(outs[~o.appended])
         if o.past is not None:
             total += getattr(args[o.past].arena, "kvc_total", args[o.past].shape[2])
-        if total - tokens > SLACK:
-            total -= cpu.trim(arena, layout, tokens)
+        if o.slide and total - max(tokens, o.slide.least) > SLACK:
+            drop = o.slide.forgotten(total, tokens)
+            cpu.trim(arena, layout, drop)
+            total -= drop
     if not o.static and layout.body_tokens(total + 1) > layout.capacity_of(arena.shape[1]):
         arena = cpu.grow(arena, total + SLACK, layout)  # the next token must fit without moving the arena
     track(arena, Tag(owner, o.layer, o.role))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,29 @@ WORD = {"cpu": 8, "cuda": 16}  # bits of a packing word: what the device unpacks
 SLACK = 256  # tokens by which a cache of no fixed length grows at a time
 
 
-def window_row_bytes(layout: Layout, window: int, pushed: int) -> int:
-    """Row bytes of the arena of a full window to which `pushed` tokens are appended at a time: room for many steps
-    before the tokens that fell out of it are dropped. One size, as the graph is compiled for it."""
-    return layout.row_bytes(window + max(pushed, SLACK) + SLACK + layout.unit)
+@dataclass(frozen=True)
+class Slide:
+    """How the arenas of a sliding window's keys and values forget tokens that fell out of it: both the same ones, since
+    attention goes over both by one position; in units of both, so that nothing is encoded anew.
+
+    unit: tokens that are forgotten at a time, or a multiple of it. least: tokens that stay: what is exact in either.
+    """
+
+    unit: int
+    least: int
+
+    @staticmethod
+    def of(k: Layout, v: Layout) -> Slide:
+        return Slide(math.lcm(k.unit, v.unit), max(2 * x.sink + x.recent for x in (k, v)))
+
+    def room(self, window: int, pushed: int) -> int:
+        """Tokens that an arena has room for, if `pushed` are appended at a time: many steps before it must forget. One
+        number, as a graph is compiled for it."""
+        return max(window, self.least) + max(pushed, SLACK) + SLACK + self.unit
+
+    def forgotten(self, total: int, window: int) -> int:
+        """How many of `total` tokens can be forgotten where the last `window` of them are seen."""
+        return max(0, total - max(window, self.least)) // self.unit * self.unit
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,9 @@ def rewind(data: Tensor, layout: Layout, tokens: int) -> None:
     reference.rewind(data, layout, tokens)
 
 
-def trim(data: Tensor, layout: Layout, tokens: int) -> int:
-    """Forget all but the last tokens and a few more: `kernels.reference.trim`."""
-    return reference.trim(data, layout, tokens)
+def trim(data: Tensor, layout: Layout, drop: int) -> None:
+    """Forget the oldest `drop` tokens: `kernels.reference.trim`."""
+    reference.trim(data, layout, drop)
 
 
 def grow(data: Tensor, tokens: int, layout: Layout) -> Tensor:

@@ -193,13 +193,13 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
             raise Decline("keys and values are not two caches of the same kind")
         if (kp.window is None) != (vp.window is None):
             raise Decline("keys and values are cut to different numbers of tokens")
+        if key.positions is None and (kp.window is not None or a.causal):
+            raise Decline("attention over a part of a window, or as if it began with the first token")
         if kp.window is not None:
             if not (same(size(kp.window), kx[2]) and same(size(vp.window), kx[2])):
                 raise Decline(f"attention reads the first {kp.window} tokens of a cache to which {kx[2]} are appended")
             ks = (*ks[:2], kx[2], ks[3])
         elif key.positions is None:
-            if a.causal:
-                raise Decline("is_causal over a window counts from its first key, not from the last")
             ks = (*ks[:2], ks[2] - 1 + kx[2], ks[3])
         elif a.mask is None:
             raise Decline("no mask over a static cache: attention reads its empty positions too")

@@ -48,7 +48,7 @@ from kvc_compile.passes.caches import (
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.recognise import Match
 from kvc_compile.passes.windows import last_tokens
-from kvc_compile.plan import SLACK, Plan, SitePlan, window_row_bytes
+from kvc_compile.plan import SLACK, Plan, SitePlan, Slide
 
 SITE = "kvc_site"  # in the meta of a node that stands in an attention's place: the attention's index
 kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
@@ -66,6 +66,7 @@ class Input:
     static: bool
     start: int | None = None
     pushed: int = 0  # tokens that push as many out of a window that is full
+    slide: Slide | None = None  # of such a window
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Output:
     add_to: int | None = None
     appended: int | None = None  # of a sliding window: the tokens appended to the arena, or `~i`
     past: int | None = None  # of a sliding window: the input that they were appended to
+    slide: Slide | None = None  # of a sliding window
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class _Rewrite:
         self.bounds: dict[Node, Node] = {}  # mask -> what it comes down to
         self.checked: set[tuple[Node | None, Node]] = set()
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
+        self.slides: dict[int, Slide] = {}  # by attention
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
 
     def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
@@ -158,6 +161,7 @@ class _Rewrite:
 
     def site(self, m: Match, p: SitePlan) -> None:
         m = replace(m, key=self.placed(m.key), value=self.placed(m.value))
+        self.slides[m.site.index] = Slide.of(p.key, p.value)
         if isinstance(m.key, Concat) and m.site.key.kind == "fresh":
             for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
                 self.encode(c, layout, role, m)  # type: ignore[arg-type]
@@ -297,7 +301,8 @@ class _Rewrite:
                 start = first_position(c.positions, c.append, self.placeholders, self.writers)
             elif isinstance(c, Buffer):
                 pushed = shape(c.x)[2]  # type: ignore[index]
-            self.inputs.append(Input(index, layout.key, m.site.layer, role, isinstance(c, Buffer), start, pushed))
+            static, slide = isinstance(c, Buffer), self.slides[m.site.index] if pushed else None
+            self.inputs.append(Input(index, layout.key, m.site.layer, role, static, start, pushed, slide))
             if m.attention is not None:
                 self.sizes(c.metadata)
             if isinstance(c, Buffer):
@@ -328,7 +333,9 @@ class _Rewrite:
                 self.returned[i] = arena
                 length = self.number(tokens)
                 appended = length if c.kept else None
-                self.outputs.append(Output(i, i, layout.key, m.site.layer, role, False, length, None, appended))
+                slide = self.slides[m.site.index] if c.kept else None
+                new = Output(i, i, layout.key, m.site.layer, role, False, length, None, appended, None, slide)
+                self.outputs.append(new)
 
     def number(self, tokens: Any) -> int:
         """A token count as `Output.tokens`: itself, or `~i` for an output that is added for it."""
@@ -401,7 +408,9 @@ class _Rewrite:
         sizes = self.number(kept), self.number(n)
         self.returned[i] = None if arena is c.past else arena
         place = ~past if arena is c.past else i
-        self.outputs.append(Output(i, place, layout.key, m.site.layer, role, False, sizes[0], None, sizes[1], past))
+        slide = self.slides[m.site.index]
+        new = Output(i, place, layout.key, m.site.layer, role, False, sizes[0], None, sizes[1], past, slide)
+        self.outputs.append(new)
 
     def grown(self, c: Concat, arena: Node, layout: Layout, m: Match, role: str) -> None:
         past = self.placeholders.index(c.past)  # type: ignore[arg-type]
@@ -456,7 +465,7 @@ def convert_placeholder(node: Node, i: Input) -> None:
     else:
         mode = old.arena.fake_mode if isinstance(old, CacheHandle) else old.fake_mode  # type: ignore[attr-defined]
         tokens = int(old.shape[2])
-        size = window_row_bytes(layout, tokens, i.pushed) if i.pushed else layout.row_bytes(tokens)
+        size = layout.row_bytes(i.slide.room(tokens, i.pushed) if i.slide else tokens)
         with mode:
             arena = torch.empty(old.shape[0], size, dtype=torch.uint8, device=old.device)
     node.meta["example_value"] = arena

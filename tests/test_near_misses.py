@@ -297,6 +297,18 @@ WRITE = {
         also={"after": "ck, cv = kept"},
         needs={"mask": "none"},
     ),
+    "pushed, first tokens seen": near(
+        push() + "\nkept = ck, cv\nck, cv = ck[:, :, :n], cv[:, :, :n]",
+        "static",
+        also={"after": "ck, cv = kept"},
+        needs={"mask": "none"},
+    ),
+    "pushed, all tokens seen, first of them": near(
+        "kept = ck, cv\n" + push(seen="{c} = {all}[:, :, :n]"),
+        "static",
+        also={"after": "ck, cv = kept"},
+        needs={"mask": "none"},
+    ),
     "pushed, copied before the write": near(
         push("{c}.copy_({new})\n{new}[:, :, torch.tensor([-1])] = {k}"), "static", needs={"mask": "everything"}
     ),
