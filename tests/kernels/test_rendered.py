@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 
 from kvc_compile.kernels.form import form
-from kvc_compile.lowering import launch, variants
+from kvc_compile.lowering import launch, tuned, variants
 from kvc_compile.lowering.known import Dtype
 from kvc_compile.lowering.render import render
 from kvc_compile.lowering.variants import Attention, Machine
@@ -88,7 +88,7 @@ def record(folder: Path, monkeypatch) -> list:
     for module, names in (
         (launch.D, ["decode_split"]),
         (launch.T, ["attend_split", "merge"]),
-        (launch.A, ["append_token", "append_encode", "append_store", "append_commit"]),
+        (launch.A, ["append_token", "append_pair", "append_encode", "append_store", "append_commit"]),
         (launch.R, ["read_tokens"]),
     ):
         for name in names:
@@ -107,7 +107,7 @@ def _name(dtype: tl.dtype) -> str:
 
 
 def machine(device: torch.device) -> Machine:
-    return Machine(launch.multiprocessors(device), launch.launches_early(device), launch.interpreted())
+    return Machine(tuned.multiprocessors(device), launch.launches_early(device), launch.interpreted())
 
 
 def run(case: str, device: torch.device, splits=...):
@@ -128,6 +128,8 @@ def run(case: str, device: torch.device, splits=...):
     cap = 20.0 if case in CAPPED else 0.0
     sinks = torch.randn(heads * groups, device=device).to(q.dtype) if cap else None
     launch.attend(q, ka, va, kn, vn, seen, positions, mask == "causal", 0.1, kl, vl, cap, sinks, splits=splits)
+    if n == 1:
+        launch.append_pair(ka.clone(), va.clone(), kn, vn, kl, vl, positions)
     launch.append(ka, kn, kl, positions)
     launch.append(va, vn, vl, positions)
     launch.read(ka, cached + n, kl)
@@ -140,6 +142,8 @@ def run(case: str, device: torch.device, splits=...):
         kl, vl, BATCH, groups, n, tokens, q.dtype, masked, mask == "causal", at, cap, q.dtype if cap else None
     )
     expected = [(x, {"keys": kl, "values": vl}) for x in variants.attention(call, machine(device), splits)]
+    if n == 1:
+        expected += [(kernel, {"keys": kl, "values": vl}) for kernel in variants.appending_pair(kl, vl, at)]
     for role, x in (("keys", kl), ("values", vl)):
         expected += [(kernel, {role: x}) for kernel in variants.appending(x, n, at)]
     expected += [(kernel, {"keys": kl}) for kernel in variants.reading(kl, False)]
