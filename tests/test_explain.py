@@ -117,7 +117,7 @@ def test_command_plans_for_a_gpu_that_is_not_there(tmp_path, capsys):
     args = str(tmp_path / "model"), "kivi-4bit", "--device", "cuda", "--dump", str(tmp_path / "dump")
     assert cli(*args, "--dtype", "bfloat16") == 0 and capsys.readouterr().out
     names = {p.stem for p in (tmp_path / "dump").rglob("kernels/*.py")}
-    assert {"decode_split", "merge", "append_token_keys", "append_encode_values"} <= names
+    assert {"decode_split", "merge", "append_pair", "append_encode_values"} <= names
     assert cli(*args, "--dtype", "float32") == 0
     assert "attend_split" in {p.stem for p in (tmp_path / "dump").rglob("kernels/*.py")}, "no fast kernel takes fp32"
 
