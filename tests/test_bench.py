@@ -24,6 +24,7 @@ from kvc_compile.cli import main as cli
 from kvc_compile.handle import CacheHandle
 from kvc_compile.kernels import reference
 from kvc_compile.layout import Codec, Layout
+from kvc_compile.request import OptionError
 from kvc_compile.spec import Spec
 from models import tiny
 
@@ -376,11 +377,15 @@ def test_misuse(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--device", "tpu"], 2, "--device tpu"),
         (["bench", "--spec", "nope", "--device", "cpu"], 1, "no such file or preset"),
         (["bench", "--model", "/nowhere", "--device", "cpu"], 1, "config.json"),
-        (["bench", "--contexts", "0", "--device", "cpu"], 2, "contexts are (0,)"),
     ):
         assert cli.main(asked) == code
         err = capsys.readouterr().err
         assert err.startswith("kvc bench: ") and said in err and "Traceback" not in err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "--contexts", "0"])
+    assert "argument --contexts: 1 or more is allowed" in capsys.readouterr().err
+    with pytest.raises(OptionError, match=r"contexts are \(0,\)"):
+        plan.Settings("cpu", contexts=(0,))
 
 
 # ---------------------------------------------------------------- with a compiler

@@ -20,6 +20,7 @@ MAY = {
     "layout": set(),
     "sites": set(),
     "files": set(),
+    "config": set(),
     "timings": {"spec", "files"},
     "request": {"spec"},
     "plan": {"spec", *PURE},
@@ -30,7 +31,7 @@ MAY = {
     "rendered": {"plan", "kernels", "lowering", "passes", *PURE},
     "bound": {"plan", "handle", "lowering", "passes", *PURE},
     # measures through torch.compile, as a user does
-    "bench": {"spec", "request", "plan", "handle", "lowering", "kernels", *PURE},
+    "bench": {"spec", "request", "config", "plan", "handle", "lowering", "kernels", *PURE},
 }
 # What runs a compile or shows one may import anything but the front door, which only these name:
 FRONT_DOOR = {"backend", "doors", "api", "cli"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
+from kvc_compile.config import attention_shape, read
 from kvc_compile.layout import Layout
 from kvc_compile.plan import layout_of
 from kvc_compile.sites import CacheTensor
@@ -23,24 +23,13 @@ TOY = {
 }  # fmt: skip
 
 
-class ModelError(Exception):
-    """A model that cannot be measured, in words for the user."""
-
-
 def config_of(folder: str | None, device: str) -> Any:
-    """The config in a folder, or Llama-3-8B's; a toy's on a CPU."""
-    try:
-        from transformers import AutoConfig, LlamaConfig
-    except ImportError as error:
-        raise ModelError(f"{error}; install kvc-compile[hf]") from None
-    if folder is None:
-        return LlamaConfig(**(LLAMA_3_8B if device.startswith("cuda") else TOY))
-    if not os.path.isdir(folder):
-        raise ModelError(f"--model {folder}: a folder with a config.json is allowed")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"--model {folder}: {str(error).strip().splitlines()[0]}") from None
+    """The config in a folder, or Llama-3-8B's; a toy's on a CPU. Raises ConfigError."""
+    if folder is not None:
+        return read(folder)
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**(LLAMA_3_8B if device.startswith("cuda") else TOY))
 
 
 def dtype_of(device: str) -> torch.dtype:
@@ -56,15 +45,11 @@ def build(config: Any, device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype_of(device)).eval()
 
 
-def head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def layouts(config: Any, spec: Spec, device: str) -> list[tuple[Layout, Layout]]:
     """The layouts of every layer's keys and values."""
     dtype = str(dtype_of(device)).removeprefix("torch.")
-    cache = CacheTensor("static", "", "", "", config.num_key_value_heads, head_dim(config), dtype)
-    layers = config.num_hidden_layers
-    asked = [spec.layer(i, layers) for i in range(layers)]
+    shape = attention_shape(config)
+    cache = CacheTensor("static", "", "", "", shape.kv_heads, shape.channels, dtype)
+    asked = [spec.layer(i, shape.layers) for i in range(shape.layers)]
     word = "cuda" if device.startswith("cuda") else "cpu"
     return [(layout_of(a.k, cache, word), layout_of(a.v, cache, word)) for a in asked]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kvc_compile.config import attention_shape
 from kvc_compile.layout import HEADER_WORDS, Layout
 
 
@@ -40,11 +41,10 @@ def weights_read(model: Any) -> int:
 def prefill_flop(model: Any, tokens: int) -> int:
     """Of a prompt [1, tokens] of which the last logits are taken: two for each weight and token, and causal attention
     (two products over half the square)."""
-    c = model.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    shape = attention_shape(model.config)
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - head
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         body -= model.get_input_embeddings().weight.numel()
-    attention = 2 * tokens * tokens * c.num_attention_heads * head_dim * c.num_hidden_layers
+    attention = 2 * tokens * tokens * shape.heads * shape.channels * shape.layers
     return 2 * body * tokens + 2 * head + attention

@@ -15,6 +15,7 @@ from kvc_compile.bench import models
 from kvc_compile.bench.caches import Compressed, HfStatic, cache_of
 from kvc_compile.bench.decode import SPARE, WARM_STEPS
 from kvc_compile.bench.plan import QUANTIZED, Job, Point
+from kvc_compile.config import attention_shape
 from kvc_compile.layout import Layout
 
 
@@ -53,7 +54,7 @@ def model(job: Job) -> None:
             torch._dynamo.reset()
     if isinstance(cache, Compressed) and s.device.startswith("cuda"):
         for k, v in sorted(set(cache.pairs), key=str):
-            kernels(k, v, config.num_attention_heads)
+            kernels(k, v, attention_shape(config).heads)
 
 
 def trace(cache: HfStatic, config: Any, point: Point, device: str, room: int) -> None:

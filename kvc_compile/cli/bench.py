@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-PARTS = ("attention", "model", "capacity", "growth", "prefill")
+from kvc_compile.bench.plan import PARTS
+from kvc_compile.cli.arguments import numbers
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "Measure what a compressed cache is worth: one attention call against PyTorch's, decode steps of a whole model "
         "against Hugging Face's caches, the largest batch and the longest context that fit, growth with the context, "
-        "the time to the first token. Each figure of ours stands next to what its bytes predict. All parts take less "
-        "than nine minutes on one or more GPUs; on a CPU everything is of toy size."
+        "the time to the first token. Each figure of ours stands next to what its bytes predict. On a CPU all is of toy "
+        "size."
     )
     p = subparsers.add_parser("bench", help="measure it on this machine", description=text)
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
@@ -33,10 +34,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     p.add_argument("--json", action="store_true", help="print JSON, no tables")
     p.set_defaults(run=run)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:

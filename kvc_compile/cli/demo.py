@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvc_compile.config import attention_shape
+
 PRESETS = "int8,kivi-4bit,kivi-2bit"
 TOPIC = "with"  # of pydoc: the passage that the default prompt asks about
 QUESTION = "In two sentences: what is a context manager in Python, and what is the with statement for?"
@@ -130,14 +132,14 @@ def compare(
             rows.append(runner.measure(compiled, spec.name, step))
             del compiled
             torch._dynamo.reset()
-    config = model.config
+    shape = attention_shape(model.config)
     setup = {
         "model": demo_model.NAME,
         "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": config.num_hidden_layers,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.channels,
         "cache_tokens": runner.room,
         "prompt_tokens": runner.prompt.shape[1],
         "scored_after": size.text[0],
@@ -243,9 +245,8 @@ class Runner:
 
 
 def dense_bytes(model: Any, tokens: int) -> int:
-    c = model.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * tokens * head_dim * model.dtype.itemsize
+    shape = attention_shape(model.config)
+    return 2 * shape.layers * shape.kv_heads * tokens * shape.channels * model.dtype.itemsize
 
 
 # ---------------------------------------------------------------- for people

@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+from kvc_compile.cli.arguments import positive
+
 DEMO = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,13 +39,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", choices=DTYPES, help="run the model in this dtype (its own)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
-
-
-def positive(text: str) -> int:
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError("1 or more is allowed")
-    return n
 
 
 def run(args: argparse.Namespace) -> int:

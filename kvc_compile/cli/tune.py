@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvc_compile import timings
+from kvc_compile.cli.arguments import numbers, positive
+from kvc_compile.config import ConfigError, attention_shape, read
 from kvc_compile.plan import layout_of
 from kvc_compile.sites import CacheTensor
 from kvc_compile.spec import Spec, SpecError
@@ -49,8 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--kv-heads", metavar="N", type=positive, help="heads of keys and values (8)")
     parser.add_argument("--channels", metavar="N", type=positive, help="channels of a head (128)")
     parser.add_argument("--dtype", choices=DTYPES, help="the model's dtype (bfloat16)")
-    parser.add_argument("--batch", metavar="N,...", type=numbers, default=[1], help="sequences (1)")
-    parser.add_argument("--tokens", metavar="N,...", type=numbers, default=[4096], help="room of the cache (4096)")
+    parser.add_argument("--batch", metavar="N,...", type=numbers, default=(1,), help="sequences (1)")
+    parser.add_argument("--tokens", metavar="N,...", type=numbers, default=(4096,), help="room of the cache (4096)")
     parser.add_argument("--seconds", metavar="N", type=positive, default=60, help="at most, for each shape (60)")
     parser.add_argument(
         "--export", metavar="FILE", nargs="?", const="", default=None,
@@ -60,22 +62,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
-def positive(text: str) -> int:
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError("1 or more is allowed")
-    return n
-
-
-def numbers(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
-
-
 def run(args: argparse.Namespace) -> int:
     """0: all shapes have times. 1: some have none. 2: no answer; standard error says why."""
     try:
         return tune(args)
-    except (SpecError, TuneError) as error:
+    except (SpecError, ConfigError, TuneError) as error:
         if args.json:
             print(json.dumps({"ok": False, "error": str(error)}, indent=2))
         print(f"kvc tune: {error}", file=sys.stderr)
@@ -129,25 +120,12 @@ def shape_of(args: argparse.Namespace) -> Shape:
 
 
 def shape_of_model(folder: str) -> Shape:
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise TuneError(f"{error}; install kvc-compile[hf], or give the shape by flags") from None
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-    except (OSError, ValueError) as error:
-        raise TuneError(f"model {folder!r}: {str(error).strip().splitlines()[0]}") from None
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    channels = getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
-    if not heads or not channels:
-        raise TuneError(f"model {folder!r}: its config does not say how many heads of which size; give them by flags")
-    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = getattr(config, "num_hidden_layers", None) or 0
-    return Shape(heads, kv_heads, channels, dtype if dtype in DTYPES else "bfloat16", layers)
+    config = read(folder)
+    shape, dtype = attention_shape(config), str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return Shape(shape.heads, shape.kv_heads, shape.channels, dtype if dtype in DTYPES else "bfloat16", shape.layers)
 
 
-def problems_of(spec: Spec, shape: Shape, batches: list[int], tokens: list[int]) -> list[Problem]:
+def problems_of(spec: Spec, shape: Shape, batches: tuple[int, ...], tokens: tuple[int, ...]) -> list[Problem]:
     """One decoding step over each of the spec's layouts, in every combination of batch and tokens."""
     import torch
 
