@@ -183,6 +183,10 @@ class Layout:
         """The body capacity of a row of this size: the inverse of `row_bytes`."""
         return (row_bytes - self.body_offset) // self.unit_bytes * self.unit
 
+    def room_of(self, row_bytes: int) -> int:
+        """Tokens that a row of this size has room for at most: body, sink and ring."""
+        return self.capacity_of(row_bytes) + self.sink + self.recent
+
     def dense_bytes(self, tokens: int) -> int:
         """Bytes of one batch row in the model's dtype, uncompressed."""
         return self.heads * tokens * self.channels * self.item

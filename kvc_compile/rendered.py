@@ -17,7 +17,7 @@ from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
 from kvc_compile.lowering.render import render
 from kvc_compile.lowering.variants import Attention, Kernel, Machine, appending, appending_pair, attention, reading
-from kvc_compile.passes.fx import is_call, value
+from kvc_compile.passes.fx import hint, is_call, value
 from kvc_compile.passes.rewrite import SITE
 from kvc_compile.plan import WORD, Plan
 from kvc_compile.table import layers_text
@@ -133,8 +133,8 @@ def attend_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
     """The kernels of a `kvc::attend`."""
     q, _, v_data, _, _, mask, positions, causal, _, k_key, v_key = node.args[:11]
     k, v = Layout.parse(k_key), Layout.parse(v_key)  # type: ignore[arg-type]
-    batch, heads, n, _ = (hint(x) for x in value(q).shape)
-    room = v.capacity_of(row_bytes(v_data, v)) + v.sink + v.recent + n
+    batch, heads, n, _ = (known(x) for x in value(q).shape)
+    room = v.room_of(row_bytes(v_data, v)) + n
     cap, sinks = node.kwargs.get("cap", 0.0), node.kwargs.get("sinks")
     call = Attention(
         k, v, batch, heads // form(k).heads, n, room, value(q).dtype, dtype_of(mask), bool(causal),
@@ -158,7 +158,7 @@ def append_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
         (_, x, key), positions = node.args[:3], None
     else:
         (x, _, key), positions = node.args[:3], None
-    yield from uses_of(key, plan, appending(Layout.parse(key), hint(value(x).shape[2]), dtype_of(positions)))  # type: ignore[arg-type]
+    yield from uses_of(key, plan, appending(Layout.parse(key), known(value(x).shape[2]), dtype_of(positions)))  # type: ignore[arg-type]
 
 
 def pair_uses(node: Node, plan: Plan, machine: Machine) -> Iterator[Use]:
@@ -202,10 +202,13 @@ def dtype_of(node: Any) -> torch.dtype | None:
 def row_bytes(arena: Any, layout: Layout) -> int:
     """Of an arena that comes in, or is born in the graph."""
     if is_call(arena, kvc.empty.default):
-        return layout.row_bytes(hint(value(arena.args[2])))
-    return hint(value(arena).shape[1])
+        return layout.row_bytes(known(value(arena.args[2])))
+    return known(value(arena).shape[1])
 
 
-def hint(size: Any) -> int:
-    """A size, or the one that the graph was captured with: looking at it must not guard on it."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+def known(size: Any) -> int:
+    """A size, or what it was when the graph was captured. Raises ValueError where neither is known."""
+    found = hint(size)
+    if found is None:
+        raise ValueError(f"the size {size} is not known before the graph runs")
+    return found

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from kvc_compile import timings
 from kvc_compile.layout import Layout
-from kvc_compile.passes.fx import value
+from kvc_compile.passes.fx import hint, value
 from kvc_compile.request import Request
 
 log = logging.getLogger("kvc_compile")
@@ -56,11 +56,6 @@ def problems_of(gm: GraphModule) -> list[tuple[Any, torch.device]]:
         from kvc_compile.lowering.tuned import Problem  # needs Triton
 
         k, v = (Layout.parse(key) for key in node.args[9:11])
-        room = v.capacity_of(row_bytes) + v.sink + v.recent + n
-        found[Problem(k, v, heads // k.heads, n, q.dtype, batch, room), q.device] = None
+        p = Problem(k, v, heads // k.heads, n, q.dtype, batch, v.room_of(row_bytes) + n)
+        found[p, q.device] = None
     return list(found)
-
-
-def hint(size: int | torch.SymInt) -> int | None:
-    """A size, or what a symbol stands for at present; asking so adds no guard."""
-    return size if isinstance(size, int) else size.node.hint

@@ -105,7 +105,7 @@ def attend(
     q = inner_contiguous(q, q.dtype)
     k_new = inner_contiguous(k_new, getattr(torch, k_layout.dtype))
     v_new = inner_contiguous(v_new, getattr(torch, v_layout.dtype))
-    room = v_layout.capacity_of(v_data.shape[1]) + v_form.sink + v_form.recent + n
+    room = v_layout.room_of(v_data.shape[1]) + n
     shape = groups, n, q.dtype, batch, room
     if tiles is None:
         tiles, usual = tuned.chosen(k_layout.key, v_layout.key, *shape, q.device)

@@ -27,6 +27,11 @@ def constant(x: Any) -> int | float | None:
     return v if isinstance(v, (int, float)) and not isinstance(v, bool) else None
 
 
+def hint(size: int | torch.SymInt) -> int | None:
+    """A size, or what a symbol stands for at present, None where that is not known; asking so adds no guard."""
+    return size if isinstance(size, int) else size.node.hint
+
+
 def shape(node: Any) -> tuple | None:
     v = value(node)
     return tuple(v.shape) if isinstance(v, Tensor) else None

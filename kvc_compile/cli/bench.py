@@ -17,8 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = (
         "Measure what a compressed cache is worth: one attention call against PyTorch's, decode steps of a whole model "
         "against Hugging Face's caches, the largest batch and the longest context that fit, growth with the context, "
-        "the time to the first token. Each figure of ours stands next to what its bytes predict. On a CPU all is of toy "
-        "size."
+        "the time to the first token. Each figure of ours stands next to what its bytes predict. On a CPU everything "
+        "is of toy size."
     )
     p = subparsers.add_parser("bench", help="measure it on this machine", description=text)
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")

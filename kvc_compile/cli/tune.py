@@ -141,7 +141,7 @@ def problems_of(spec: Spec, shape: Shape, batches: tuple[int, ...], tokens: tupl
         k, v = layout_of(layer.k, cache, "cuda"), layout_of(layer.v, cache, "cuda")
         for batch in batches:
             for n in tokens:
-                room = v.capacity(n) + v.sink + v.recent + 1
+                room = v.room_of(v.row_bytes(n)) + 1
                 p = Problem(k, v, shape.heads // shape.kv_heads, 1, getattr(torch, shape.dtype), batch, room)
                 found[p] = None
     return list(found)

@@ -136,7 +136,7 @@ def run(case: str, device: torch.device, splits=...):
     launch.read(va, cached, vl, last=True)
 
     at = None if positions is None else positions.dtype
-    tokens = vl.capacity_of(va.shape[1]) + vl.sink + vl.recent + n
+    tokens = vl.room_of(va.shape[1]) + n
     masked = None if seen is None else seen.dtype
     call = Attention(
         kl, vl, BATCH, groups, n, tokens, q.dtype, masked, mask == "causal", at, cap, q.dtype if cap else None
