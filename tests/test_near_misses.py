@@ -14,6 +14,7 @@ import copy
 import os
 import re
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,6 +207,14 @@ def push(
     return code.rstrip()
 
 
+AS_KEPT: dict[str, Any] = {"also": {"after": "ck, cv = kept"}, "needs": {"mask": "none"}}
+
+
+def all_seen(make: Callable[..., Choice], part: str = "") -> Choice:
+    """A window to which more than one token is pushed, and attention over what that puts together, or a part of it."""
+    return make("kept = ck, cv\n" + push(seen="{c} = {all}" + part), "static", **AS_KEPT)
+
+
 WRITE = {
     "index_copy_": same(write("ck.index_copy_(2, pos, k)"), *FIXED),
     "cat": same(write("ck = torch.cat([ck, k], 2)"), "grown"),
@@ -273,41 +282,17 @@ WRITE = {
     "pushed, attention over the new tensor": near(
         push() + "\nck, cv = (new_k, new_v) if n == 1 else (ck, cv)", "static", needs={"mask": "everything"}
     ),
-    "pushed, all tokens seen": same(
-        "kept = ck, cv\n" + push(seen="{c} = {all}"),
-        "static",
-        also={"after": "ck, cv = kept"},
-        needs={"mask": "none"},
-    ),
+    "pushed, all tokens seen": all_seen(same),
     "pushed, all tokens seen of the keys": near(
-        "kept = ck, cv\n" + push(seen="{c} = {all}").replace("cv = all_v", "cv = F.pad(cv, (0, 0, n - 1, 0))"),
-        "static",
-        also={"after": "ck, cv = kept"},
-        needs={"mask": "none"},
+        all_seen(near).code.replace("cv = all_v", "cv = F.pad(cv, (0, 0, n - 1, 0))"), "static", **AS_KEPT
     ),
-    "pushed, all tokens seen but one": near(
-        "kept = ck, cv\n" + push(seen="{c} = {all}[:, :, 1:]"),
-        "static",
-        also={"after": "ck, cv = kept"},
-        needs={"mask": "none"},
-    ),
-    "pushed, all tokens scaled": near(
-        "kept = ck, cv\n" + push(seen="{c} = {all} * 2"),
-        "static",
-        also={"after": "ck, cv = kept"},
-        needs={"mask": "none"},
-    ),
+    "pushed, all tokens seen but one": all_seen(near, "[:, :, 1:]"),
+    "pushed, all tokens scaled": all_seen(near, " * 2"),
+    "pushed, all tokens seen, first of them": all_seen(near, "[:, :, :n]"),
     "pushed, first tokens seen": near(
         push() + "\nkept = ck, cv\nck, cv = ck[:, :, :n], cv[:, :, :n]",
         "static",
-        also={"after": "ck, cv = kept"},
-        needs={"mask": "none"},
-    ),
-    "pushed, all tokens seen, first of them": near(
-        "kept = ck, cv\n" + push(seen="{c} = {all}[:, :, :n]"),
-        "static",
-        also={"after": "ck, cv = kept"},
-        needs={"mask": "none"},
+        **AS_KEPT,
     ),
     "pushed, copied before the write": near(
         push("{c}.copy_({new})\n{new}[:, :, torch.tensor([-1])] = {k}"), "static", needs={"mask": "everything"}
