@@ -260,6 +260,21 @@ def test_a_job_that_fails_loses_no_other(monkeypatch: pytest.MonkeyPatch, folder
     assert [(r["cache"], r["context"]) for r in results["steps"]][:2] == [("int8", 64), (plan.STATIC, 64)]
 
 
+def test_what_was_measured_is_saved_if_the_run_is_broken_off(
+    monkeypatch: pytest.MonkeyPatch, folder: str, tmp_path
+) -> None:
+    def measure(self: Bench, point: Point) -> Step:
+        if self.cache.name == plan.STATIC:
+            raise KeyboardInterrupt
+        return Step(point.part, self.cache.name, point.batch, point.context, 1.0, 1.0)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    out = tmp_path / "out.json"
+    asked = ["bench", "model", "--device", "cpu", "--model", folder, "--spec", "int8", "--out", str(out)]
+    assert cli.main(asked) == 130
+    assert {r["cache"] for r in json.loads(out.read_text())["steps"]} == {"int8"}
+
+
 def test_nothing_is_begun_when_time_is_up(folder: str) -> None:
     s = plan.quick("cpu", parts=("model",), model=folder, until=1.0)
     results = run.run(s, (Spec.load("int8"),))

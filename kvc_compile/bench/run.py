@@ -24,29 +24,34 @@ from kvc_compile.bench.rows import Failure, from_json, to_json
 from kvc_compile.spec import Spec
 
 Show = Callable[[str, int, int], None]  # what is going on, measurements done, and to do
+Save = Callable[[dict[str, Any]], None]  # all that was found so far
 GRACE = 20.0  # seconds that a process gets after the time is up
 WARM_SHARE = 0.4  # of the time, at most, for compiling ahead
 ATTENTION_PARTS = 4  # processes that compile the attention calls of a dtype
 MOST_PROCESSES = 12
 COMPILE_THREADS = "4"  # the same everywhere: Inductor's caches depend on its configuration
 POLL = 0.1
+SAVE_EVERY = 5.0  # seconds, at least
 
 
 class Results:
     """What has been measured so far."""
 
-    def __init__(self, settings: Settings, specs: Sequence[Spec], show: Show):
-        self.settings, self.show = settings, show
+    def __init__(self, settings: Settings, specs: Sequence[Spec], show: Show, save: Save = lambda _: None):
+        self.settings, self.show, self.save = settings, show, save
         self.jobs = jobs(settings, specs)
         self.total = sum(len(j.points) for j in self.jobs)
         self.found: list[tuple[str, Any]] = []
-        self.began = time.time()
+        self.began = self.saved = time.time()
         self.setup = setup(settings, specs)
 
     def add(self, job: str, row: Any) -> None:
         self.found.append((job, row))
         steps = sum(to_json(r)["kind"] == "step" for _, r in self.found)
         self.show(describe(job, row), steps, self.total)
+        if time.time() > self.saved + SAVE_EVERY:
+            self.save(self.to_json())
+            self.saved = time.time()
 
     def to_json(self) -> dict[str, Any]:
         rows = [(job, to_json(row)) for job, row in self.found]
@@ -122,20 +127,32 @@ def devices(device: str) -> list[str]:
     return [names[int(index)]] if index else names
 
 
-def run(settings: Settings, specs: Sequence[Spec], show: Show = lambda *_: None) -> dict[str, Any]:
-    results = Results(settings, specs, show)
-    if not settings.device.startswith("cuda"):
-        from kvc_compile.bench import worker
+def run(
+    settings: Settings, specs: Sequence[Spec], show: Show = lambda *_: None, save: Save = lambda _: None
+) -> dict[str, Any]:
+    """save: called now and then and in the end, so that no end of this process loses what was measured."""
+    results = Results(settings, specs, show, save)
+    try:
+        if settings.device.startswith("cuda"):
+            with tempfile.TemporaryDirectory() as folder:
+                gpus = devices(settings.device)
+                compile_ahead(results, gpus, Path(folder))
+                measure(results, gpus, Path(folder))
+        else:
+            here(results)
+    finally:
+        found = results.to_json()
+        save(found)
+    return found
 
-        for job in results.jobs:
-            for row in worker.rows(job):
-                results.add(job.name, row)
-        return results.to_json()
-    with tempfile.TemporaryDirectory() as folder:
-        gpus = devices(settings.device)
-        compile_ahead(results, gpus, Path(folder))
-        measure(results, gpus, Path(folder))
-    return results.to_json()
+
+def here(results: Results) -> None:
+    """All jobs in this process."""
+    from kvc_compile.bench import worker
+
+    for job in results.jobs:
+        for row in worker.rows(job):
+            results.add(job.name, row)
 
 
 class Child:

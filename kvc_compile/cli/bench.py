@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvc_compile import files
 from kvc_compile.bench.plan import PARTS
 from kvc_compile.cli.arguments import numbers
 
@@ -51,10 +52,13 @@ def run(args: argparse.Namespace) -> int:
         plot.available()
     wanted = settings(args)
     models.config_of(wanted.model, wanted.device)
+
+    def save(results: dict[str, Any]) -> None:
+        if args.out:
+            files.write(Path(args.out), json.dumps(results, indent=1) + "\n")
+
     with progress() as show:
-        results = measure(wanted, specs, show)
-    if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        results = measure(wanted, specs, show, save)
     print(json.dumps(results, indent=1) if args.json else text(results), end="\n" if args.json else "")
     if args.plot:
         plot.draw(results, args.plot)
