@@ -197,6 +197,18 @@ def load_new(new, stride, j0, n, d, BN: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def load_whole(new, stride, j0, d, BN: tl.constexpr, F: tl.constexpr):
+    """The new tokens j0 .. j0+BN-1 [BN, DP], all of which there are, in their own dtype: on their way to a product they
+    pass no register."""
+    j = j0 + tl.arange(0, BN)
+    at = new + j.to(tl.int64)[:, None] * stride + d[None, :]
+    if F.channels == d.shape[0]:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(d < F.channels)[None, :], other=0.0)
+
+
+@triton.jit
 def load_exact(arena, new, stride, h, length, encoded, total, p0, d, BN: tl.constexpr, F: tl.constexpr):
     """Those of the tokens at positions p0 .. p0+BN-1 that are not encoded: sink, ring, or new from `length` on; fp32
     [BN, DP], 0 for all others."""

@@ -20,12 +20,8 @@ Symbols beyond those of `kernels.attend`:
     GROUPS      channel groups of a value that have a scale each
     BM          query rows, rounded up: the columns of a tile
     S1, S2      the splits before S1 take body tiles, those from S2 on the others
-    bounds      int32 [b, h, n, 3]: the first position that a query sees, one past the last, and whether it sees all
-                between them with nothing added; anything if MASK is NO_MASK
-    see_b, see_h, see_n   strides of bounds
     WIDE        the model's dtype, as an operand
     HALF        dtype of the operands with keys
-    STAGES      tiles in flight
     ASM         whether there is inline assembly, which the interpreter lacks
     BITS        bits of a plane
     PER         parts that one load of words holds; PER_HIGH for the second plane
@@ -42,9 +38,6 @@ Symbols beyond those of `kernels.attend`:
 A split takes a share of the body tiles, which are whole and visible to all queries, and every S-th of the MIX tiles.
 A mask that only hides a beginning and an end is not read for body tiles; one that adds something is; under one with
 holes all tokens are MIX tiles, which is slower.
-
-`bounds` int32 [b, h, n, 3] sums up a mask (`lowering.bounds`): the first position that a query sees, one past the last,
-and whether it sees all between them with nothing added.
 """
 
 from __future__ import annotations
@@ -206,7 +199,7 @@ def decode_split(
         tl.extra.cuda.gdc_launch_dependents()
     decay = 1.0
     if SINKS:
-        m, mass, decay = with_sink(tl.load(sinks + h * G + g).to(tl.float32) * LOG2E, split, m, mass, 1.0)
+        m, mass, decay = with_sink(tl.load(sinks + h * G + g).to(tl.float32) * LOG2E, split, m, mass)
     nothing = mass == 0
     unit = decay / tl.where(nothing, 1.0, mass)
     bad = tl.where(fault, float("nan"), 0.0)

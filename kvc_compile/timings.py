@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, tuple[float, float]]] = {
         "BM": (8, 32), "BT": (16, 128), "TP": (16, 32), "CK": (16, 1024), "CV": (16, 1024), "warps": (1, 8),
         "stages": (1, 8), "waves": (0.25, 16),
     },
-    "attend": {"BM": (16, 64), "BN": (16, 64), "warps": (1, 8), "waves": (0.25, 16)},
+    "attend": {"BM": (16, 128), "BN": (16, 128), "warps": (1, 8), "stages": (1, 8), "waves": (0.25, 16)},
 }  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32")
 

@@ -76,7 +76,7 @@ def tiles_of(rule: Tiles, k: Form, v: Form) -> list[Tiles]:
 
 def blocks_of(rule: Blocks, rows: int) -> list[Blocks]:
     """Variants of the general kernel."""
-    most = max(rule.BM, min(64, 1 << (rows - 1).bit_length()))
+    most = max(rule.BM, min(128, 1 << (rows - 1).bit_length()))
     other = 12 - rule.warps  # 4 for 8, 8 for 4
     return varied(
         rule,
@@ -89,8 +89,9 @@ def blocks_of(rule: Blocks, rows: int) -> list[Blocks]:
             {"BM": rule.BM // 2, "warps": other},
             {"BN": rule.BN * 2, "warps": other},
             {"BN": rule.BN // 2, "warps": other},
+            {"stages": 5 - rule.stages},
         ],
-        lambda b: 16 <= b.BM <= most and 16 <= b.BN <= 64,
+        lambda b: 16 <= b.BM <= most and 16 <= b.BN <= 128,
     )
 
 

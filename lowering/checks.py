@@ -5,19 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvc_compile.kernels.reference import HIDDEN
 from kvc_compile.lowering import ops  # noqa: F401  (defines kvc::length)
 
 
-def check_positions(mask: Tensor | None, positions: Tensor, consecutive: bool) -> None:
-    """Assert on the device that positions [n] are consecutive and that a mask [.., W] hides all after the last one."""
-    if not consecutive and positions.shape[0] > 1:
+def check_positions(positions: Tensor) -> None:
+    """Assert on the device that positions [n] are consecutive."""
+    if positions.shape[0] > 1:
         step = positions[1:] - positions[:-1]
         torch._assert_async((step == 1).all(), "a compressed cache takes consecutive positions")
-    if mask is not None:
-        tail = torch.arange(mask.shape[-1], device=mask.device) > positions[-1]
-        shown = (mask if mask.dtype == torch.bool else mask > HIDDEN) & tail
-        torch._assert_async(~shown.any(), "the attention mask shows positions that the compressed cache does not hold")
 
 
 def check_not_round(data: Tensor, positions: Tensor, tokens: int, layout: str) -> Tensor:

@@ -8,8 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from kvc_compile.kernels.form import FP8, INT, RAW, Form, form
-from kvc_compile.layout import Layout
+from kvc_compile.kernels.form import FP8, INT, RAW, Form
 
 MOST_COLUMNS = 32  # query rows of a kv head that the kernel takes
 LONGEST_TILE = 128  # tokens
@@ -77,14 +76,6 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
     if columns > 8 or max(k.channels, v.channels) > 128:
         warps = max(warps, 2)
     return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages)
-
-
-def takes(k: Layout, v: Layout, rows: int, dtype: torch.dtype) -> bool:
-    """Whether the decoding kernel, and no other, does attention of `rows` query rows a kv head over such caches."""
-    try:
-        return tiles(form(k), form(v), rows, dtype) is not None
-    except ValueError:  # no kernel takes them
-        return False
 
 
 def other_tiles(k: Form, v: Form) -> int:

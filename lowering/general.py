@@ -12,6 +12,7 @@ class Blocks:
     BM: int
     BN: int
     warps: int
+    stages: int = 2
     waves: float = 4
 
 
@@ -20,6 +21,8 @@ def blocks(rows: int, channels: int, item: int) -> Blocks:
     wide = channels > 128
     if item == 4:
         return Blocks(16, 16 if wide else 32, 8)
+    if rows > 64 and not wide:  # a prompt
+        return Blocks(128, 64, 8, 3)
     bm = min(max(16, 1 << (rows - 1).bit_length()), 64)
     return Blocks(bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8)
 

@@ -118,8 +118,7 @@ def attend(
         k_new, v_new = aligned(k_new), aligned(v_new)
     if mask is not None:
         view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        if decodes:
-            seen = (bounds_of(mask) if bounds is None else bounds).expand(-1, -1, n, -1)
+        seen = (bounds_of(mask) if bounds is None else bounds).expand(-1, -1, n, -1)
 
     rows = batch * heads * n
     if splits == 1:
@@ -133,7 +132,7 @@ def attend(
         k_layout.capacity_of(k_data.shape[1]), v_layout.capacity_of(v_data.shape[1]),
         k_data.stride(0), v_data.stride(0), 0 if mask is None else mask.shape[3],
         *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
-        *([0] * 4 if mask is None else mask_strides(mask)),
+        *([0] * 7 if mask is None else (*mask_strides(mask), *mask_strides(seen)[:3])),
     )  # fmt: skip
     masked = None if mask is None else mask.dtype
     given = positions is not None, sinks is not None, shown is not None
@@ -146,12 +145,11 @@ def attend(
             apart = decoding.apart(tiles, decoding.other_tiles(k_form, v_form), splits, room)
             launcher(D.decode_split, dry, splits, batch * k_form.heads)(
                 q, k_new, v_new, view, seen, share, place, parts, lse, k_data, v_data, scale, n, splits, *apart,
-                shown or 0, *sizes, *([0] * 3 if mask is None else mask_strides(seen)[:3]),
-                **variant, **variants.decode_split(tiles, wide, not interpreted(), early),
+                shown or 0, *sizes, **variant, **variants.decode_split(tiles, wide, not interpreted(), early),
             )  # fmt: skip
         else:
             launcher(T.attend_split, dry, triton.cdiv(n * groups, tiles.BM), batch * k_form.heads, splits)(
-                q, k_new, v_new, view, share, place, parts, lse, k_data, v_data, scale, n, splits, shown or 0,
+                q, k_new, v_new, view, seen, share, place, parts, lse, k_data, v_data, scale, n, splits, shown or 0,
                 *sizes, **variant, **variants.attend_split(k_form, v_form, n, tiles, wide),
             )  # fmt: skip
         if splits > 1:

@@ -73,8 +73,8 @@ def decode_split(tiles: decoding.Tiles, wide: Any, asm: bool, early: bool) -> Co
 def attend_split(k: Form, v: Form, n: int, blocks: Blocks, dot: Any) -> Constants:
     """dot: the type of an operand, as the caller spells types."""
     return {
-        "CHUNK": n >= blocks.BN, "BM": blocks.BM, "BN": blocks.BN, "DK": pad(k.channels), "DV": pad(v.channels),
-        "DOT": dot, "num_warps": blocks.warps,
+        "CHUNK": n >= blocks.BN, "BM": blocks.BM, "BN": blocks.BN, "STAGES": blocks.stages, "DK": pad(k.channels),
+        "DV": pad(v.channels), "DOT": dot, "num_warps": blocks.warps,
     }  # fmt: skip
 
 
@@ -196,7 +196,6 @@ def attention(a: Attention, machine: Machine, splits: int | None = None, sizes: 
         pointers["lse"] = "float32"
     if a.mask is not None:
         pointers["mask"] = "uint8" if a.mask == torch.bool else spelled(a.mask)
-    if a.mask is not None and tiles:
         pointers["bounds"] = "int32"
     pointers |= {n: spelled(t) for n, t in (("positions", a.positions), ("sinks", a.sinks)) if t is not None}
     if isinstance(sizes, decoding.Tiles):

@@ -31,7 +31,6 @@ from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
 from kvc_compile.lowering.bounds import bounds
-from kvc_compile.lowering.decoding import takes
 from kvc_compile.passes.alias import Writers, leads_to
 from kvc_compile.passes.caches import (
     SIZES,
@@ -106,13 +105,6 @@ class Rewritten:
         return any(o.arena >= 0 for o in self.outputs)
 
 
-def decodes(q: Node, p: SitePlan) -> bool:
-    """Whether attention of the queries q goes to the decoding kernel, which reads and checks the mask's bounds."""
-    v = value(q)
-    _, heads, n, _ = v.shape
-    return v.is_cuda and isinstance(n, int) and takes(p.key, p.value, n * heads // p.key.heads, v.dtype)
-
-
 def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
     """Rewrite the matched sites of `gm` in place, as planned."""
     graph = gm.graph
@@ -142,7 +134,7 @@ class _Rewrite:
         self.last_read: dict[Node, Node] = {}
         self.reads: dict[Node, list[Node]] = {}  # cache tensor -> operators that read its arena
         self.bounds: dict[Node, Node] = {}  # mask -> what it comes down to
-        self.checked: set[tuple[Node | None, Node]] = set()
+        self.checked: set[Node] = set()  # positions
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
         self.slides: dict[int, Slide] = {}  # by attention
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
@@ -190,12 +182,11 @@ class _Rewrite:
                 return
             layouts = p.key.key, p.value.key
             args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, *layouts)
-            checked = decodes(a.q, p)
-            if a.mask is not None and checked:
+            if a.mask is not None and value(a.q).is_cuda:
                 if a.mask not in self.bounds:
                     self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
                 args += (self.bounds[a.mask],)
-            self.check(a.q, a.mask, m.key, checked)
+            self.check(a.q, m.key)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
             rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
             new.kwargs = {name: x for name, x in rest.items() if x is not None}
@@ -207,15 +198,15 @@ class _Rewrite:
             return None if c.kept is None else size_of(c.past, self.placeholders)  # type: ignore[arg-type]
         return None if c.positions is not None else shape(c.node)[2] - 1  # type: ignore[index]
 
-    def check(self, q: Node, mask: Node | None, key: Buffer | Concat, checked: bool) -> None:
-        """Assert on a GPU what an operator there cannot raise. checked: this attention's kernel checks the mask."""
+    def check(self, q: Node, key: Buffer | Concat) -> None:
+        """Assert on a GPU what an operator there cannot raise. What a mask shows is checked by the kernels."""
         if not isinstance(key, Buffer) or key.positions is None or not value(q).is_cuda:
             return
         one = key.consecutive or shape(key.x)[2] == 1  # type: ignore[index]
-        if ((mask is None or checked) and one) or (mask, key.positions) in self.checked:
+        if one or key.positions in self.checked:
             return
-        self.checked.add((mask, key.positions))
-        self.call(checks.check_positions, mask, key.positions, key.consecutive, like=q)
+        self.checked.add(key.positions)
+        self.call(checks.check_positions, key.positions, like=q)
 
     def placed(self, c: Buffer | Concat) -> Buffer | Concat:
         """A buffer whose positions are a node."""

@@ -207,15 +207,16 @@ def test_jobs() -> None:
     s = Settings("cuda")
     found = plan.jobs(s, plan.default_specs())
     names = ["2 bits", plan.STATIC, "attention float16", "lossless", "8 bits", plan.QUANTIZED]
-    assert [j.name for j in found] == ["4 bits", "attention bfloat16", *names]
+    prompts = [f"{name}, prompts" for name in ("4 bits", "2 bits", plan.STATIC, "lossless", "8 bits")]
+    assert [j.name for j in found] == ["4 bits", "attention bfloat16", *names, *prompts]
     four, static = found[0].points, found[3].points
     assert len(set(four)) == len(four) and len([p for p in four if p.part == "model"]) == 9
     assert Point("growth", 1, 1 << 20) in four and Point("growth", 1, 4096) not in four  # the model part has it
-    assert {p.part for p in static} == {"model", "prefill"}
+    assert {p.part for p in static} == {"model"} and {p.part for p in found[-1].points} == {"prefill"}
     assert [Job.from_json(json.loads(json.dumps(j.to_json()))) for j in found] == found
     only = plan.jobs(replace(s, parts=("growth",)), plan.default_specs())
     assert {p.part for j in only for p in j.points} == {"growth"}
-    assert [len(warm.split(j)) for j in found] == [3, 1, 3, 9, 1, 3, 3, 0]
+    assert [len(warm.split(j)) for j in found] == [2, 1, 2, 9, 1, 2, 2, 0, 1, 1, 0, 1, 1]
     for spec in plan.default_specs():
         spec.require_implemented()
 

@@ -1,30 +1,27 @@
-"""Which attentions of a GPU graph carry an assertion about their mask: those whose kernel does not check it."""
+"""Which attentions of a GPU graph carry an assertion, and what it says."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
-from kvc_compile.layout import Codec, Layout
 from kvc_compile.lowering.checks import check_positions
 from kvc_compile.passes.caches import Buffer
-from kvc_compile.passes.rewrite import _Rewrite, decodes
+from kvc_compile.passes.rewrite import _Rewrite
 
 
 @pytest.fixture
 def graph():
-    """Queries, a mask, positions and new keys of a decode step, on a fake GPU."""
+    """Queries, a mask, positions and new keys of some tokens, on a fake GPU."""
     made = Graph()
     with FakeTensorMode():
         shapes = {
-            "q": (1, 4, 1, 64),
-            "mask": (1, 1, 1, 80),
-            "positions": (1,),
-            "x": (1, 2, 1, 64),
+            "q": (1, 4, 3, 64),
+            "mask": (1, 1, 3, 80),
+            "positions": (3,),
+            "x": (1, 2, 3, 64),
             "cache": (1, 2, 80, 64),
         }
         for name, shape in shapes.items():
@@ -34,22 +31,20 @@ def graph():
     return made, {n.name: n for n in made.find_nodes(op="placeholder")}
 
 
-def test_each_attention_on_a_shared_mask_is_judged_by_itself(graph):
+def test_positions_are_checked_once_for_all_attentions(graph):
     made, n = graph
     work = _Rewrite(made)
-    key = Buffer(n["cache"], False, n["cache"], n["positions"], True, n["x"], ())
-    with made.inserting_before(next(iter(made.find_nodes(op="output")))):
-        work.bounds[n["mask"]] = n["mask"]
-        work.check(n["q"], n["mask"], key, checked=True)
-        assert not made.find_nodes(op="call_function", target=check_positions)
-        work.check(n["q"], n["mask"], key, checked=False)
-        work.check(n["q"], n["mask"], key, checked=False)
-    assert len(made.find_nodes(op="call_function", target=check_positions)) == 1
+    for consecutive in (False, True):
+        key = Buffer(n["cache"], False, n["cache"], n["positions"], consecutive, n["x"], ())
+        with made.inserting_before(next(iter(made.find_nodes(op="output")))):
+            work.check(n["q"], key)
+            work.check(n["q"], key)
+        found = made.find_nodes(op="call_function", target=check_positions)
+        assert len(found) == 1, "consecutive ones need none"
 
 
-def test_which_kernel_it_will_be(graph):
-    _, n = graph
-    by_block, by_token = Codec("int", 4, (32, 1), True), Codec("int", 4, (1, 64), True)
-    keys, values = (Layout(c, 2, 64, "float16", 4, 64, 32, 16) for c in (by_block, by_token))
-    assert decodes(n["q"], SimpleNamespace(key=keys, value=values))
-    assert not decodes(n["q"], SimpleNamespace(key=keys, value=keys))
+def test_positions_that_are_not_consecutive():
+    check_positions(torch.arange(3, 9))
+    check_positions(torch.tensor([5]))
+    with pytest.raises(RuntimeError, match="consecutive"):
+        check_positions(torch.tensor([1, 2, 4]))

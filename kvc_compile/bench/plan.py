@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvc_compile.request import OptionError
@@ -104,8 +104,8 @@ class Job:
 
 
 def points(s: Settings, baseline: bool) -> tuple[Point, ...]:
-    """Of one way to hold the cache. Growth takes what the model part has measured from there. The baseline attends over
-    its whole room, one compiled graph for each size, so its curve ends where the model part does."""
+    """Decode steps of one way to hold the cache. Growth takes what the model part has measured from there. The baseline
+    attends over its whole room, one compiled graph for each size, so its curve ends where the model part does."""
     found: list[Point] = []
     if "model" in s.parts:
         found += [Point("model", b, c) for b in s.batches for c in s.contexts]
@@ -114,13 +114,12 @@ def points(s: Settings, baseline: bool) -> tuple[Point, ...]:
     if "growth" in s.parts:
         at = s.contexts if baseline else s.growth
         found += [Point("growth", 1, c) for c in at if Point("model", 1, c) not in found]
-    if "prefill" in s.parts:
-        found += [Point("prefill", 1, c) for c in s.prompts]
     return tuple(found)
 
 
 def jobs(s: Settings, specs: Sequence[Spec]) -> list[Job]:
-    """One for each way to hold the cache and each dtype of attention calls."""
+    """One for each way to hold the cache and each dtype of attention calls; prompts, whose graphs take longest to
+    compile, in the end."""
     whole = []
     for spec in specs:
         whole.append(Job(spec.name, s, spec.name, spec.expanded(), points(s, baseline=False)))
@@ -129,6 +128,9 @@ def jobs(s: Settings, specs: Sequence[Spec]) -> list[Job]:
         one = Point("model", min(s.batches), sorted(s.contexts)[len(s.contexts) // 2])
         whole.append(Job(QUANTIZED, s, QUANTIZED, None, (one,)))
     found = [j for j in whole if j.points]
+    if "prefill" in s.parts:
+        prompts = tuple(Point("prefill", 1, c) for c in s.prompts)
+        found += [replace(j, name=f"{j.name}, prompts", points=prompts) for j in whole if j.cache != QUANTIZED]
     if "attention" in s.parts:
         found.insert(1, Job("attention bfloat16", s, dtype="bfloat16"))
         found.insert(4, Job("attention float16", s, dtype="float16"))

@@ -9,6 +9,7 @@ import torch
 
 from kvc_compile.kernels import reference
 from kvc_compile.lowering import launch
+from kvc_compile.lowering.general import Blocks
 
 from .caches import error, filled, keys, layout, values
 
@@ -129,6 +130,49 @@ def test_capped_scores_sinks_and_windows(device, cached, n, splits, cap, shares,
     assert error(launch.attend(*inputs, *call, splits=splits), expected) < 1e-5
 
 
+def prompt_mask(kind: str, n: int, length: int) -> torch.Tensor | None:
+    """As models make them for new tokens behind `length` cached ones: two sequences, the second padded on the left."""
+    p, i = torch.arange(length + n + 5), torch.arange(n)
+    seen = (p <= length + i[:, None]).repeat(2, 1, 1, 1)
+    seen[1, ..., : (length + n) // 3] = False
+    if "window" in kind:
+        seen &= p > length + i[:, None] - 40
+    if "hole" in kind:
+        seen[0, ..., 20:23] = False
+    if not kind.startswith("added"):
+        return seen
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    return added - 0.01 * p if "slope" in kind else added
+
+
+@pytest.mark.parametrize("tiles", (Blocks(32, 16, 4, 3), Blocks(128, 64, 8, 3)), ids=("small", "large"))
+@pytest.mark.parametrize("cached, n, splits", ((0, 150, 1), (130, 70, 3)))
+@pytest.mark.parametrize(
+    "mask", ("none", "causal", "seen", "seen window", "seen hole", "added", "added window", "added slope")
+)
+def test_prompts(device, cached, n, splits, mask, tiles):
+    """Long ones, whose tiles are mostly seen by all queries or by none, with and without a history."""
+    q, ka, va, kn, vn, kl, vl = pair(cached, n, sink=5, v_sink=2)
+    window = None if mask in ("none", "causal") else prompt_mask(mask, n, cached)
+    rest = (None, mask == "causal", 0.3, kl, vl)
+    expected = reference.attend(q, ka, va, kn, vn, window, *rest)
+    inputs = [x if x is None else x.to(device) for x in (q, ka, va, kn, vn, window)]
+    out = launch.attend(*inputs, *rest, splits=splits, tiles=tiles)
+    assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("cached, n, shown", ((110, 90, 60), (110, 90, 0), (40, 90, 40)))
+@pytest.mark.parametrize("mask", ("none", "causal", "seen", "added slope"))
+def test_prompts_over_a_window(device, cached, n, shown, mask):
+    q, ka, va, kn, vn, kl, vl = pair(cached, n)
+    window = None if mask in ("none", "causal") else prompt_mask(mask, n, shown)
+    rest = (None, mask == "causal", 0.3, kl, vl, 0.0, None, shown)
+    expected = reference.attend(q, ka, va, kn, vn, window, *rest)
+    inputs = [x if x is None else x.to(device) for x in (q, ka, va, kn, vn, window)]
+    out = launch.attend(*inputs, *rest, tiles=Blocks(32, 16, 4))
+    assert error(out, expected) < 1e-5
+
+
 @pytest.mark.parametrize("sinks", ((0, 0), (7, 7), (4, 0), (0, 37)))
 def test_any_sinks(device, sinks):
     q, ka, va, kn, vn, kl, vl = pair(110, 2, *sinks)
@@ -150,7 +194,7 @@ def test_rows_that_see_nothing_are_zero(device, splits):
 
 
 @pytest.mark.parametrize("splits", (1, 3))
-@pytest.mark.parametrize("misuse", ("fault", "lengths", "start", "mask"))
+@pytest.mark.parametrize("misuse", ("fault", "lengths", "start", "narrow mask", "mask"))
 def test_a_misused_cache_gives_nan(device, misuse, splits):
     q, ka, va, kn, vn, kl, vl = pair(60, 1)
     mask = positions = None
@@ -161,8 +205,9 @@ def test_a_misused_cache_gives_nan(device, misuse, splits):
         header[..., reference.LENGTH] = 59
     elif misuse == "start":
         positions = torch.tensor([61], device=device)
-    else:
-        mask = torch.ones(1, 1, 1, 60, dtype=torch.bool, device=device)
+    else:  # it shows one token more than there are, or does not say whether the last one is seen
+        width = 62 if misuse == "mask" else 60
+        mask = torch.ones(1, 1, 1, width, dtype=torch.bool, device=device)
     inputs = [x.to(device) for x in (q, ka, va, kn, vn)]
     assert launch.attend(*inputs, mask, positions, True, 0.2, kl, vl, splits=splits).isnan().all()
 
