@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from kvc_compile.kernels.form import INT, Form
+from kvc_compile.kernels.form import INT, RAW, Form
 from kvc_compile.lowering import decoding, general
 from kvc_compile.lowering.decoding import LONGEST_TILE, Tiles, chunk
 from kvc_compile.lowering.general import Blocks, blocks
@@ -31,7 +31,8 @@ def candidates(k: Form, v: Form, rows: int, dtype: torch.dtype) -> tuple[Sizes, 
     if rule is not None:
         first = tiles_of(rule, k, v)
     else:
-        first = blocks_of(blocks(rows, max(k.channels, v.channels), dtype.itemsize), rows)
+        packed = k.kind != RAW or v.kind != RAW
+        first = blocks_of(blocks(rows, max(k.channels, v.channels), dtype.itemsize, packed), rows)
     return tuple(replace(c, waves=c.waves * share) for share in SHARES for c in first)
 
 

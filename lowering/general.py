@@ -16,13 +16,14 @@ class Blocks:
     waves: float = 4
 
 
-def blocks(rows: int, channels: int, item: int) -> Blocks:
-    """The sizes for `rows` query rows a kv head: what fits the registers. item: bytes of the queries' dtype."""
+def blocks(rows: int, channels: int, item: int, packed: bool) -> Blocks:
+    """The sizes for `rows` query rows a kv head: what fits the registers. item: bytes of the queries' dtype; packed:
+    whether keys or values are stored in another one."""
     wide = channels > 128
     if item == 4:
         return Blocks(16, 16 if wide else 32, 8)
-    if rows > 64 and not wide:  # a prompt
-        return Blocks(128, 64, 8, 3)
+    if rows > 64 and not wide:  # a prompt; measured on an H100
+        return Blocks(128, 64, 8, 3) if packed else Blocks(64, 64, 4, 3)
     bm = min(max(16, 1 << (rows - 1).bit_length()), 64)
     return Blocks(bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8)
 

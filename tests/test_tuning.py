@@ -167,7 +167,7 @@ def test_rows_of_a_bucket_have_the_rules_own_sizes():
     for rows, dtype in itertools.product(range(1, 200), (torch.float16, torch.float32)):
         p = Problem(KL, VL, 1, rows, dtype, 1, 4096)
         rule = cand.decoding.tiles(tuned.form(KL), tuned.form(VL), rows, dtype)
-        assert p.candidates[0] == (rule or cand.blocks(rows, 128, dtype.itemsize)), rows
+        assert p.candidates[0] == (rule or cand.blocks(rows, 128, dtype.itemsize, True)), rows
 
 
 def test_the_choice_is_deterministic():

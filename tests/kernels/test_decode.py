@@ -10,6 +10,7 @@ import torch
 
 from kvc_compile.kernels import reference
 from kvc_compile.kernels.form import form
+from kvc_compile.layout import Layout
 from kvc_compile.lowering import decoding, launch
 
 from .caches import error, filled, keys, layout, values
@@ -167,20 +168,6 @@ def test_sliding_windows(device, k, v, groups, n, mask, splits, shown):
     assert difference(device, kl, vl, groups, 300, n, mask, splits, shown=shown) < tolerance(kl, vl)
 
 
-def test_what_the_kernel_takes():
-    """The rewrite leaves the check of a mask to the kernel: it must know which kernel that will be."""
-    k, v = layout("int4z.32x1", 2, 64, "float16", 16), layout("int4z.1x64", 2, 64, "float16", 16)
-    half = torch.float16
-    assert decoding.takes(k, v, 8, half)
-    assert not decoding.takes(k, v, 33, half)
-    assert not decoding.takes(k, v, 8, torch.float32)
-    assert not decoding.takes(k, replace(v, sink=5), 8, half)
-    assert not decoding.takes(k, layout("int4z.32x1", 2, 64, "float16", 16), 8, half)  # values by channel
-    assert not decoding.takes(k, replace(v, word=8), 8, half)
-    assert not decoding.takes(layout("int4z.48x1", 2, 64, "float16", 16), v, 8, half)  # blocks across tiles
-    assert not decoding.takes(layout("int4z.24x1", 2, 64, "float16", 16), v, 8, half)  # no kernel does
-
-
 def test_every_kind_of_tile_has_a_split():
     for t in (decoding.Tiles(8, tile, 16, 64, 64, 1, 3) for tile in (32, 64, 128)):
         for splits in (1, 2, 3, 8, 33, 132):
@@ -230,6 +217,23 @@ def test_new_tokens_at_any_address(device):
     assert error(out, exact(q, ka, va, (kx[:, :, 200:], vx[:, :, 200:]), None, rest)) < 1e-3
 
 
+def takes(k: Layout, v: Layout, rows: int, dtype: torch.dtype) -> bool:
+    """Whether attention of so many query rows a kv head goes to this kernel; else it goes to the general one."""
+    return decoding.tiles(form(k), form(v), rows, dtype) is not None
+
+
+def test_what_the_kernel_takes():
+    k, v = layout("int4z.32x1", 2, 64, "float16", 16), layout("int4z.1x64", 2, 64, "float16", 16)
+    half = torch.float16
+    assert takes(k, v, 8, half)
+    assert not takes(k, v, 33, half)
+    assert not takes(k, v, 8, torch.float32)
+    assert not takes(k, replace(v, sink=5), 8, half)
+    assert not takes(k, layout("int4z.32x1", 2, 64, "float16", 16), 8, half)  # values by channel
+    assert not takes(k, replace(v, word=8), 8, half)
+    assert not takes(layout("int4z.48x1", 2, 64, "float16", 16), v, 8, half)  # blocks across tiles
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16))
 def test_random_configurations(device, seed):
@@ -246,7 +250,7 @@ def test_random_configurations(device, seed):
     kl, vl = layout(k, heads, dk, dtype, 16, sink), layout(v, heads, dv, dtype, 16, sink)
     kl = replace(kl, recent=kl.flush + dice.randint(0, 40))
     vl = replace(vl, recent=dice.choice((1, 5, 16, 33, 60)))
-    assert decoding.takes(kl, vl, n * groups, getattr(torch, dtype)) or min(dk & -dk, dv) < 16
+    assert takes(kl, vl, n * groups, getattr(torch, dtype)) or min(dk & -dk, dv) < 16
     cached = dice.randint(90, 420)
     mask = dice.choice(("none", "causal", "bool", "bool_h", "add", "add_inf", "padded", "padded_add"))
     splits = dice.choice((1, 2, 3, 9, None))
