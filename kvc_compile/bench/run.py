@@ -96,8 +96,7 @@ def setup(settings: Settings, specs: Sequence[Spec]) -> dict[str, Any]:
         **versions,
         "python": platform.python_version(),
         "commit": commit(),
-        # the tuning database, where this version has one
-        "tune": getattr(Request.of("lossless"), "tune", None),
+        "tune": Request.of("lossless").tune and os.environ.get("KVC_TUNE") != "0",
         "settings": dataclasses.asdict(settings),
         "specs": [s.expanded() for s in specs],
     }

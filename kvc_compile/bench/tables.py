@@ -49,7 +49,7 @@ def heading(results: Mapping[str, Any]) -> str:
     s = results["setup"]
     versions = ", ".join(f"{n} {s[n]}" for n in ("torch", "triton", "transformers") if s.get(n))
     lines = [f"{s['device'] or s['devices'][0]}; {versions}; commit {str(s['commit'])[:12]}"]
-    tune = {None: "no tuning database in this version", True: "tuning on", False: "tuning off"}[s["tune"]]
+    tune = "tuning on" if s["tune"] else "tuning off"
     rates = [c["read"] for c in results["ceilings"].values()]
     if rates:
         found = f"reads {rate(min(rates))} to {rate(max(rates))}"
