@@ -221,6 +221,15 @@ def test_jobs() -> None:
         spec.require_implemented()
 
 
+def test_the_mode_is_that_of_all_caches() -> None:
+    config = tiny("llama").config
+    spec = Spec.load("int8").expanded()
+    ours, baseline = cache_of("x", spec, config, "cuda", "max-autotune"), cache_of(plan.STATIC, None, config, "cuda")
+    assert ours.mode == ours.options["mode"] == "max-autotune" and baseline.mode == "reduce-overhead"  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="mode 'fast': allowed are default, reduce-overhead"):
+        Settings("cuda", mode="fast")
+
+
 def test_rows_survive_json() -> None:
     for row in (RATES, Step("model", "x", 1, 2, 0.5), Call("x", 1, 2, 3, 4, 5, "d", "f"), Failure("j", "e")):
         assert from_json(json.loads(json.dumps(to_json(row)))) == row

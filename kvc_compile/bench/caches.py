@@ -33,10 +33,10 @@ class HfStatic:
 
     name, own_graph, compiled_prefill = STATIC, True, False
 
-    def __init__(self, config: Any, device: str):
+    def __init__(self, config: Any, device: str, mode: str | None = None):
         self.config, self.device = config, device
         self.pairs = models.layouts(config, Spec.load("lossless"), device)
-        self.mode = mode(device)
+        self.mode = mode or usual_mode(device)
 
     def compile(self, model: Any) -> Callable[..., Any]:
         return torch.compile(model, mode=self.mode, dynamic=False)
@@ -70,8 +70,8 @@ class Compressed(HfStatic):
 
     own_graph, compiled_prefill = False, True
 
-    def __init__(self, config: Any, device: str, spec: Spec):
-        super().__init__(config, device)
+    def __init__(self, config: Any, device: str, mode: str | None, spec: Spec):
+        super().__init__(config, device, mode)
         self.name, self.spec = spec.name, spec  # type: ignore[misc]
         self.pairs = models.layouts(config, spec, device)
         self.options: dict[str, Any] = {"spec": spec, "mode": self.mode, "strict": True}
@@ -120,11 +120,12 @@ class HfQuantized(HfStatic):
         raise Missing("; ".join(failed))
 
 
-def mode(device: str) -> str:
+def usual_mode(device: str) -> str:
     return "reduce-overhead" if device.startswith("cuda") else "default"
 
 
-def cache_of(name: str, spec: Mapping[str, Any] | None, config: Any, device: str) -> HfStatic:
+def cache_of(name: str, spec: Mapping[str, Any] | None, config: Any, device: str, mode: str | None = None) -> HfStatic:
+    """mode: of `torch.compile`; CUDA graphs on a GPU unless given."""
     if spec is not None:
-        return Compressed(config, device, Spec.load(spec))
-    return {STATIC: HfStatic, QUANTIZED: HfQuantized}[name](config, device)
+        return Compressed(config, device, mode, Spec.load(spec))
+    return {STATIC: HfStatic, QUANTIZED: HfQuantized}[name](config, device, mode)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvc_compile.request import OptionError
+from kvc_compile.request import MODES, OptionError
 from kvc_compile.spec import Spec
 
 PARTS = ("attention", "model", "capacity", "growth", "prefill")
@@ -34,7 +34,8 @@ def default_specs() -> tuple[Spec, ...]:
 class Settings:
     """What was asked for. contexts, batches: of the model part; growth: its contexts, at batch 1; prompts: of the
     prefill part; room_at: the context at which the largest batch is looked for; memory: bytes that may be used, None
-    for all of the device; until: the time (of `time.time`) after which nothing more is begun."""
+    for all of the device; mode: of `torch.compile`, None for CUDA graphs on a GPU; until: the time (of `time.time`)
+    after which nothing more is begun."""
 
     device: str
     parts: tuple[str, ...] = PARTS
@@ -47,12 +48,15 @@ class Settings:
     steps: int = 8
     quick: bool = False
     memory: int | None = None
+    mode: str | None = None
     until: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("contexts", "batches", "growth", "prompts"):
             if any(n < 1 for n in getattr(self, name)) or not getattr(self, name):
                 raise OptionError(f"{name} are {getattr(self, name)}: numbers from 1 on are allowed")
+        if self.mode is not None and self.mode not in MODES:
+            raise OptionError(f"mode {self.mode!r}: allowed are {', '.join(MODES)}")
         for part in self.parts:
             if part not in PARTS:
                 raise OptionError(f"part {part!r}: allowed are {', '.join(PARTS)}")
