@@ -85,6 +85,7 @@ def same(kept: Kept, data: Data, b: int, want: list[list[int]]) -> None:
 
 SUM = {"attn": {"probe": "all", "reduce": "sum"}}
 
+STEP = {"attn": {"probe": "step", "reduce": "sum"}}
 MEAN = {"attn": {**SUM["attn"], "heads": "mean"}}
 
 

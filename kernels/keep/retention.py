@@ -41,8 +41,8 @@ def retain(rule: Rule, p: Parts, scores: Tensor, count: Tensor, capacity: int) -
 def capacity(
     rule: Rule, regions: Regions, tokens: int, layers: int = 1, heads: int = 1, most: int | None = None
 ) -> int:
-    """Slots that a head never exceeds, for rows of at most `tokens` tokens: static, and sufficient for every alloc.
-    most: the largest count of a table."""
+    """Slots that a head never exceeds, for rows of at most `tokens` tokens: static, and sufficient for every alloc; at
+    least 1. most: the largest count of a table."""
     budget, how = rule.budget, rule.alloc
     if budget.tokens is None or not all(a.monotone for a in (budget.tokens, regions.sink, regions.recent)):
         return tokens
@@ -56,7 +56,7 @@ def capacity(
     if how.kind == "table":
         count = tokens if most is None else most
     count = max(count, rule.newest, base)
-    return min(tokens, regions.sink.of(tokens) + regions.recent.of(tokens) + count)
+    return max(1, min(tokens, regions.sink.of(tokens) + regions.recent.of(tokens) + count))
 
 
 def others(mask: Tensor, visible: Tensor) -> Kept:

@@ -58,7 +58,7 @@ def compare(spec: Query, q: Tensor, sketch: Sketch, p: Parts, scale: float) -> T
     """[B, H, U], the units in the order in which q [B, Hq, D] wants them; -inf for those without body tokens.
 
     Heads of a group agree by `gqa` on softmax weights (ShadowKV, Sun et al. 2024, arXiv:2410.21465) where the index
-    gives logits, and on the numbers themselves where it does not.
+    gives logits, normalised over the units that compete, and on the numbers themselves where it does not.
     """
     kind = KINDS[spec.index.kind]
     heads = sketch.unit.shape[1]

@@ -59,7 +59,7 @@ def capacity(spec: Query, regions: Regions, tokens: int) -> int:
     read = spec.budget.of(tokens) * (spec.size if spec.units else 1) + spec.pin * spec.size
     if not (spec.budget.monotone and regions.sink.monotone and regions.recent.monotone):
         return tokens
-    return min(tokens, regions.sink.of(tokens) + regions.recent.of(tokens) + read)
+    return max(1, min(tokens, regions.sink.of(tokens) + regions.recent.of(tokens) + read))
 
 
 def outliers(spec: Query, k: Tensor, sketch: Sketch, p: Parts) -> Tensor:
