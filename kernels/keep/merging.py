@@ -179,7 +179,7 @@ def nearest(p: Pairing) -> tuple[Tensor, Tensor]:
 @assign("nearest_pos")
 def nearest_pos(p: Pairing) -> tuple[Tensor, Tensor]:
     """The kept token that is nearest in the sequence, the earlier of two (Elastic Cache, Liu et al. 2024,
-    arXiv:2407.17331)."""
+    arXiv:2407.18121)."""
     tokens = p.unit.shape[2]
     steps = torch.arange(tokens, device=p.unit.device).expand(p.going.shape).contiguous()
     slots = p.kept.index.masked_fill(p.kept.holes, 4 * tokens).contiguous()
