@@ -151,6 +151,10 @@ SIMPLE = {
             recent=8,
         ),
     ),
+    "graphkv-unlike-tokens": (  # of one seed, many are the opposite, and lose nothing
+        {"keep": {"budget": 16, "score": {**last(8), "then": {"graph_decay": {"seeds": 1, "lambda": 0.9}}}}},
+        lambda q, k, v, n: scored(n, paper.graphkv_scores(paper.h2o_like(q, k, 8), k, range(n), 1, 0.9), 16),
+    ),
     "kvcrush": (
         {
             "tokens": {"recent": 8},
@@ -237,7 +241,7 @@ def test_keeps_what_the_paper_keeps(name):
         same(out.kept, data, b, expected(*data.row(0, b), n))
 
 
-@pytest.mark.parametrize("name", SIMPLE)
+@pytest.mark.parametrize("name", ["h2o", "snapkv-max", "snapkv-avg", "adakv", "lagkv", "kvzip-score"])
 def test_in_single_precision(name):
     """The scores agree to rounding, so the sets differ in what is as good as tied, if at all."""
     spec, expected = SIMPLE[name]
@@ -256,6 +260,20 @@ def per_layer(data, b, f):
 
 def counts_of(outcomes, b):
     return [out.kept.count[b].tolist() for out in outcomes]
+
+
+def test_adakv_guarantees_each_head_its_floor():
+    """A head whose attention is flat would get next to nothing."""
+    data = random_data(15)
+    data.k[0][:, 0] *= 0.01
+    spec = {"tokens": {"recent": 8}, "keep": {"budget": 8, "alloc": {"waterfill": "head"}, "score": last(8)}}
+    (without,) = run(spec, data)
+    spec["keep"]["alloc"] = {"waterfill": "head", "floor": "50%"}
+    (out,) = run(spec, data)
+    assert (without.kept.count[:, 0] < 8 + 4).all() and (out.kept.count[:, 0] == 8 + 4).all()
+    for b, n in enumerate(data.lengths):
+        q, k, _ = data.row(0, b)
+        same(out.kept, data, b, paper.adakv(paper.h2o_like(q, k, 8), n, 8, 4, 0, 8))
 
 
 def test_keyformer():

@@ -67,7 +67,7 @@ def on(reading, monkeypatch, module):
 def test_keeps_what_the_paper_keeps(name, reading, monkeypatch):
     on(reading, monkeypatch, test_keep_papers)
     test_keep_papers.test_keeps_what_the_paper_keeps(name)
-    if name != "lagkv":  # ranks of nearly equal spreads
+    if name in ("h2o", "snapkv-max", "snapkv-avg", "adakv", "kvzip-score"):
         test_keep_papers.test_in_single_precision(name)
 
 

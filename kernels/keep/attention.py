@@ -75,8 +75,6 @@ def columns(
     groups = a.q.shape[1] // heads
     first = tokens - a.q.shape[2]
     total = torch.zeros(batch, heads, groups, tokens, dtype=acc, device=a.k.device)
-    if spec.reduce == "max":
-        total = total - torch.inf
     seen = torch.zeros(batch, 1, 1, tokens, dtype=acc, device=a.k.device)
     steps = torch.arange(tokens, device=a.k.device)
     k = a.k.to(acc)
@@ -107,7 +105,7 @@ def columns(
             p = torch.softmax(torch.where(sees, s, -torch.inf), -1)
             p = torch.where(sees, p, 0.0)  # a query that sees nothing gives NaN
         if spec.reduce == "max":
-            total = torch.maximum(total, torch.where(sees, p, -torch.inf).amax(3))
+            total = torch.maximum(total, p.amax(3))
         elif spec.reduce == "count_below":
             assert spec.below is not None
             threshold = spec.below.real(sees.sum(-1, keepdim=True).to(acc))
@@ -131,8 +129,7 @@ def carry(spec: AttentionScore, old: Columns, new: Columns) -> Columns:
     if kinds != {"all"}:
         raise ValueError(f"a score of probe {', '.join(sorted(kinds))} cannot be carried: compute it from its queries")
     more = new.total.shape[-1] - old.total.shape[-1]
-    fill = -torch.inf if spec.reduce == "max" else 0.0
-    total = torch.nn.functional.pad(old.total, (0, more), value=fill)
+    total = torch.nn.functional.pad(old.total, (0, more))
     seen = torch.nn.functional.pad(old.seen, (0, more))
     total = torch.maximum(total, new.total) if spec.reduce == "max" else total + new.total
     return Columns(total, seen + new.seen)
@@ -154,7 +151,6 @@ def reduced(spec: AttentionScore, c: Columns, before: Tensor | None = None) -> T
     total = c.total
     if spec.reduce == "mean":
         total = total / c.seen.clamp(min=1)
-    total = torch.where(c.seen > 0, total, 0.0)  # a maximum over no query
     out = over_group(total, spec.gqa)
     if spec.heads is not None:
         out = (out.mean if spec.heads == "mean" else out.sum)(1, keepdim=True).expand_as(out)
