@@ -76,8 +76,12 @@ regions = st.fixed_dictionaries(
 @st.composite
 def cases(draw):
     keep = {"budget": draw(budgets), "score": draw(scores), **draw(extras)}
-    if not isinstance(keep["budget"], dict):
-        keep["alloc"] = draw(allocs)
+    attention = isinstance(keep["score"], dict) and "attn" in keep["score"]
+    if isinstance(keep["budget"], dict):
+        keep["score"] = keep["score"] if attention else attn()
+    else:
+        alloc = draw(allocs)
+        keep["alloc"] = alloc if attention or not {"mass", "softmax"} & set(alloc) else "uniform"
     lengths = tuple(draw(st.lists(st.integers(1, 45), min_size=1, max_size=3)))
     return {"tokens": draw(regions), "keep": keep}, lengths, draw(st.integers(1, 3)), draw(st.integers(0, 99))
 
@@ -164,7 +168,8 @@ def test_a_padded_row_keeps_what_it_keeps_alone(case):
 )
 def test_merging_accounts_for_every_token(case, assign, weight):
     spec, lengths, layers, seed = case
-    spec["keep"]["else"] = {"merge": {"assign": assign, "weight": weight, "min_cos": 0.2}}
+    least = {} if assign == "single" else {"min_cos": 0.2}
+    spec["keep"]["else"] = {"merge": {"assign": assign, "weight": weight, **least}}
     data, _, _, out = run(spec, lengths, layers, seed)
     for o, k in zip(out, data.k):
         merged = o.merged
@@ -211,16 +216,20 @@ def test_nothing_is_copied_to_the_host():
             "else": {"merge": {"assign": "nearest", "weight": "mean"}},
         },
     }
-    for alloc in ("uniform", {"pyramid": 9}, {"waterfill": "layer", "cap": "3x"}, {"mass": "layer"}):
-        for more in ({}, {"unit": {"chunk": 5}}, {"diverse": {"share": "25%"}}):
-            rule, where = rule_of({**spec, "keep": {**spec["keep"], "alloc": alloc, **more}})
-            with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-                data = random_data_fake(mode)
-                out = apply(rule, where, data[0], data[1])
-                assert out[0].kept.index.shape[:2] == (2, HEADS)
+    for alloc, more in (
+        ("uniform", {}),
+        ({"pyramid": 9}, {"unit": {"chunk": 5}}),
+        ({"waterfill": "layer", "cap": "3x"}, {"diverse": {"share": "25%"}}),
+        ({"mass": "layer"}, {"protect": {"newest": 7}}),
+        ({"softmax": "attn_variance"}, {}),
+    ):
+        rule, where = rule_of({**spec, "keep": {**spec["keep"], "alloc": alloc, **more}})
+        with FakeTensorMode(allow_non_fake_inputs=False):
+            out = apply(rule, where, *fake_data())
+            assert out[0].kept.index.shape[:2] == (2, HEADS)
 
 
-def random_data_fake(mode):
+def fake_data():
     from kvc_compile.kernels.keep.attention import Attention
 
     def empty(*shape, dtype=torch.float32):

@@ -171,9 +171,12 @@ def kmeans(k, clusters, iters):
     return torch.stack(centroid), member
 
 
-@pytest.mark.parametrize("iters", [1, 4])
-def test_clusterkv(iters):
+@pytest.mark.parametrize(("iters", "alike"), [(1, False), (4, False), (3, True)])
+def test_clusterkv(iters, alike):
+    """alike: all clusters start from equal keys, so that all but one are empty, and keep their centroid."""
     data = random_data(7, lengths=(60, 41))
+    if alike:
+        data.k[0][:, :, 1::2] = data.k[0][:, :, 1:2]
     spec = {"index": {"pool": {"centroid": {"iters": iters}}}, "unit": "cluster(1/8)", "budget": 17, "gqa": "max"}
     got, _ = read(spec, data, {"sink": 3})
     for (n, q, k), row in zip(rows_of(data), got):
@@ -264,3 +267,25 @@ def test_an_index_of_another_unit_is_refused():
     data = random_data(1)
     with pytest.raises(ValueError, match="chunk"):
         read({"index": "exact", "unit": "chunk(8)", "budget": 8}, data)
+
+
+def test_nothing_is_copied_to_the_host():
+    from torch._subclasses import FakeTensorMode
+
+    regions = regions_of({"sink": 2})
+    for how in (
+        {"index": "exact"},
+        {"index": {"basis": {"map": "random", "rank": 16}, "codec": {"int": 1}}},
+        {"index": {"pool": "minmax"}, "unit": "chunk(8)"},
+        {"index": {"pool": "mean"}, "unit": "chunk(8)", "pin": {"outliers": 2}},
+        {"index": {"pool": {"centroid": {"iters": 2}}}, "unit": "cluster(1/5)"},
+    ):
+        spec = query_of({**how, "budget": "25%"})
+        with FakeTensorMode(allow_non_fake_inputs=False):
+            k, q = torch.empty(2, 3, 40, 8), torch.empty(2, 6, 1, 8)
+            p = parts(torch.empty(2, 40, dtype=torch.bool), regions)
+            sketch = build(spec, k, p, torch.empty(3, 8, 16) if spec.index.kind == "hash" else None)
+            pinned = outliers(spec, k, sketch, p) if spec.pin else None
+            scores = compare(spec, q[:, :, 0], sketch, p, 0.3)
+            kept = select(spec, scores, sketch, p, capacity(spec, regions, 40), pinned)
+            assert attention(q, k, k, kept, 0.3)[0].shape == q.shape

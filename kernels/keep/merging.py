@@ -194,12 +194,12 @@ def nearest_pos(p: Pairing) -> tuple[Tensor, Tensor]:
 @assign("adjacent")
 def adjacent(p: Pairing) -> tuple[Tensor, Tensor]:
     """The best kept token of the same run of neighbours, each like the one before it (KVMerger, Wang et al. 2024,
-    arXiv:2407.08454). Runs do not cross regions. The kept set comes first: a run without a kept token is dropped."""
+    arXiv:2407.08454). Tokens of the regions take no
+    part. The kept set comes first: a run without a kept token is dropped."""
     if p.scores is None:
         raise ValueError("merging adjacent tokens needs their scores")
     near = F.cosine_similarity(p.unit[:, :, 1:], p.unit[:, :, :-1], dim=-1) > p.least
-    body = p.parts.body.unsqueeze(1)
-    near = near & body[..., 1:] & body[..., :-1]
+    body = p.parts.body.unsqueeze(1)  # lies together, so that runs of its tokens do not lead through a region
     run = F.pad((~near).long().cumsum(-1), (1, 0))  # of each slot
     place = p.kept.index.clamp(min=0)
     body_kept = body.expand_as(p.scores).gather(-1, place) & ~p.kept.holes
