@@ -132,12 +132,20 @@ def bits_per_element(tensor: TensorSpec) -> str:
 
 
 def _presets() -> Iterator[str]:
+    specs = {name: Spec.load(name) for name in presets()}
     yield f"| name | bits per number, K / V (heads of {WIDTH}) | what it is |"
     yield "|---|---|---|"
-    for name in presets():
-        spec = Spec.load(name)
-        base = spec.scopes()[0][1]
-        yield f"| `{name}` | {bits_per_element(base.k)} / {bits_per_element(base.v)} | {_cell(spec.description)} |"
+    for name, spec in specs.items():
+        if not spec.missing:
+            base = spec.scopes()[0][1]
+            bits = f"{bits_per_element(base.k)} / {bits_per_element(base.v)}"
+            yield f"| `{name}` | {bits} | {_cell(spec.description)} |"
+    yield "\nPublished methods that are well formed, and refused by name until all of their keys are implemented:\n"
+    yield "| name | needs | what it is |"
+    yield "|---|---|---|"
+    for name, spec in specs.items():
+        if spec.missing:
+            yield f"| `{name}` | {', '.join(f'`{path}`' for path in spec.missing)} | {_cell(spec.description)} |"
 
 
 def _part(kind: Type) -> Iterator[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from . import ranges, schema
+from . import laws_tokens, ranges, schema
 from .errors import Path, nearest, show
 from .expand import _KINDS, Data, scoped
 from .grammar import Context
@@ -45,7 +44,7 @@ def _fragment(f: Data, path: Path, ctx: Context) -> None:
     _joint(f, path, ctx)
     _rope(f, path, ctx)
     _ages(f, path, ctx)
-    _keep(f, path, ctx)
+    laws_tokens.check(f, path, ctx)
     for side in ("k", "v"):
         tensor_of(f, side, path, ctx)
 
@@ -99,68 +98,6 @@ def _ages(f: Data, path: Path, ctx: Context) -> None:
                 f"{len(codec)} codecs, {len(ages or [])} ages",
                 f"{len(codec) - 1} ages",
             )
-
-
-def _keep(f: Data, path: Path, ctx: Context) -> None:
-    keep = f.get("keep", "off")
-    if keep == "off":
-        return
-    rules = keep if isinstance(keep, list) else [keep]
-    shared = _shared(f)
-    for i, rule in enumerate(rules):
-        where = (*path, "keep", i) if isinstance(keep, list) else (*path, "keep")
-        if shared and "reuse" not in rule:
-            ctx.fail(
-                where,
-                f"layers joined by `{shared}` must keep the same tokens",
-                "no `reuse`",
-                "reuse: pair, or reuse: layers(n)",
-            )
-        alloc = rule.get("alloc")
-        if shared and isinstance(alloc, dict) and alloc.get("waterfill") == "head":
-            ctx.fail(
-                (*where, "alloc"),
-                f"layers joined by `{shared}` must keep equally many tokens per head",
-                "waterfill: head",
-                "waterfill: layer, or uniform",
-            )
-        _in_blocks(rule, f, where, ctx)
-    named = [(i, rule["of"]) for i, rule in enumerate(rules) if "of" in rule]
-    for (_, a), (j, b) in itertools.combinations(named, 2):
-        kinds = {a.split("(")[0], b.split("(")[0]}
-        if len(kinds) == 1 or kinds == {"visual", "prompt"} or kinds == {"tail", "generated"}:
-            ctx.fail(
-                (*path, "keep", j, "of"),
-                "two rules may not be about the same tokens",
-                f"{a} and {b}",
-                "regions that do not overlap, such as prompt and generated",
-            )
-
-
-def _in_blocks(rule: Data, f: Data, path: Path, ctx: Context) -> None:
-    """A single slot inside a block over tokens cannot be overwritten."""
-    when = rule.get("when", "prefill_end")
-    if "append" not in (when if isinstance(when, list) else [when]) or rule.get("score") == "fifo":
-        return
-    for side in ("k", "v"):
-        codec = f.get(side, {}).get("codec", {})
-        block = codec.get("block", [1, "all"]) if isinstance(codec, dict) else [1, "all"]
-        if block[0] != 1:
-            ctx.fail(
-                (*path, "when"),
-                f"blocks of {side} span {block[0]} tokens, so single tokens cannot be replaced",
-                "append",
-                f"every(n), or {side}.codec.block: [1, c]",
-            )
-
-
-def _shared(f: Data) -> str | None:
-    for side in ("k", "v", "kv"):
-        if "ref" in f.get(side, {}):
-            return f"{side}.ref"
-        if str(f.get(side, {}).get("basis", {}).get("over", "")).startswith("layers("):
-            return f"{side}.basis.over"
-    return None
 
 
 def _kv_of(spec: Data, path: Path, ctx: Context) -> None:

@@ -316,7 +316,7 @@ ASSIGN = OneOf(Enum("nearest", "nearest_pos", "adjacent", "single"), Call("learn
 MERGE = Map(
     {
         "assign": Key(ASSIGN, "into which token", required=True),
-        "weight": Key(Enum("mean", "gauss", "exp_cos", "pivot"), "of the merged token"),
+        "weight": Key(Enum("mean", "gauss", "exp_cos", "pivot", "count"), "of the merged token"),
         "min_cos": Key(OneOf(Num(-1, 1), Call("ema", Num(0, 1))), "least cosine similarity"),
         "zero_class": Key(Bool(), "tokens like no other are dropped"),
         "slots": Key(COUNT, "merged tokens kept"),

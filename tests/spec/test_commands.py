@@ -25,13 +25,16 @@ def kvc(*words: str) -> int:
 
 @pytest.mark.parametrize("name", presets())
 def test_check_presets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert kvc("check", name) == 0
+    missing = Spec.load(name).missing
+    assert kvc("check", name) == bool(missing)
     out, err = capsys.readouterr()
-    assert name in out and Spec.load(name).digest in out and not err
+    assert name in out and Spec.load(name).digest in out
+    assert all(path in err for path in missing) if missing else not err
     assert max(map(len, out.splitlines())) <= 100
-    assert kvc("check", name, "--json") == 0
+    assert kvc("check", name, "--json") == bool(missing)
     data = json.loads(capsys.readouterr().out)
-    assert data["ok"] and data["expanded"] == Spec.load(name).expanded() and len(data["tensors"]) == 2
+    assert data["ok"] == (not missing) and data["expanded"] == Spec.load(name).expanded()
+    assert data["not_implemented"] == list(missing) and len(data["tensors"]) == (0 if missing else 2)
 
 
 def test_check_shows_scopes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +74,12 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(name in out for name in presets()) and max(map(len, out.splitlines())) <= 100
     assert kvc("presets", "--json") == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(presets())
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list(presets())
+    assert all(row["runs"] == (not row["needs"]) == (row["k"] is not None) for row in rows)
+    today, later = out.split("These do not run yet")
+    assert all((row["name"] in today.split()) == row["runs"] for row in rows)
+    assert all(row["name"] in later and row["needs"][0].split(".")[0] in later for row in rows if not row["runs"])
     assert kvc("presets", "int4") == 0
     assert Spec.load(yaml.safe_load(capsys.readouterr().out)) == Spec.load("int4")
     assert kvc("presets", "int4", "--json") == 0

@@ -1,0 +1,31 @@
+"""What `keep` and `select` of a spec say, resolved to numbers: the form in which kernels read it. Needs no torch.
+
+Read from the plain data of an expanded spec (`Spec.expanded()`), which has been checked; what has no reference
+semantics yet raises `Unbuilt`.
+"""
+
+from .amount import Amount, Unbuilt
+from .query import Index, Query, query_of
+from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
+from .score import AttentionScore, GraphDecay, Probe, Score, score_of
+
+__all__ = [
+    "Alloc",
+    "Amount",
+    "AttentionScore",
+    "Budget",
+    "Diverse",
+    "GraphDecay",
+    "Index",
+    "Merge",
+    "Probe",
+    "Query",
+    "Regions",
+    "Rule",
+    "Score",
+    "Unbuilt",
+    "query_of",
+    "regions_of",
+    "rules_of",
+    "score_of",
+]

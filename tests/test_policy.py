@@ -1,0 +1,98 @@
+"""Presets and published methods as parameters of the reference semantics: what is read, and what is not built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_keep_papers import HEADS, random_data
+
+from kvc_compile.kernels.keep.rule import apply
+from kvc_compile.kernels.keep.scoring import Chance, gumbel
+from kvc_compile.kernels.keep.tokens import parts
+from kvc_compile.kernels.select.index import build, compare
+from kvc_compile.kernels.select.selection import capacity, outliers, select
+from kvc_compile.policy import Unbuilt, query_of, regions_of, rules_of
+from kvc_compile.spec import Spec, presets
+from kvc_compile.spec.laws import scopes
+
+ROWS = yaml.safe_load((Path(__file__).parent / "spec" / "systems.yaml").read_text())
+UNBUILT_PRESETS = {"less": "fold", "lococo": "learned", "locret": "learned"}
+UNBUILT_ROWS = {"A12", "A13", "A16", "B6", "B7", "C4", "C6", "C7", "C9", "C10", "C11", "D6", "D7", "E9"}
+
+
+def fragments(spec: Spec):
+    return [fragment for _, fragment in scopes(spec.expanded())]
+
+
+def read(fragment):
+    return regions_of(fragment.get("tokens", {})), rules_of(fragment.get("keep")), query_of(fragment.get("select"))
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_acts_on_a_padded_batch(name):
+    """Each rule and each selection of each scope, at a length that leaves tokens out of most of them."""
+    spec = Spec.load(name)
+    if name in UNBUILT_PRESETS:
+        with pytest.raises(Unbuilt, match=UNBUILT_PRESETS[name]):
+            list(map(read, fragments(spec)))
+        return
+    lengths = (160, 111)
+    g = torch.Generator().manual_seed(1)
+    data = random_data(1, layers=2, lengths=lengths)
+    chance = Chance(probe=torch.rand(2, 160, generator=g), noise=gumbel(torch.rand(2, 6, 160, generator=g)))
+    text = torch.rand(2, 160, generator=g) < 0.5
+    table = torch.rand(2, HEADS, generator=g, dtype=torch.float64)
+    for regions, rules, query in map(read, fragments(spec)):
+        p = parts(data.visible, regions)
+        for rule in rules:
+            out = apply(
+                *(rule, regions, data.attentions, data.v),
+                chance=chance,
+                allowed=text,
+                table=table,
+                prompt=torch.tensor([100, 90]),
+            )
+            for o in out:
+                mask = o.kept.mask(160)
+                assert (mask | ~(p.sink | p.recent).unsqueeze(1)).all() and not (mask & ~data.visible[:, None]).any()
+                if rule.demote:
+                    assert torch.equal(mask ^ o.demoted.mask(160), data.visible.unsqueeze(1).expand_as(mask))
+        if query is not None:
+            channels = torch.arange(HEADS).unsqueeze(-1) if query.index.kind == "channels" else None
+            sketch = build(query, data.k[0], p, channels)
+            scores = compare(query, data.q[0][:, :, -1], sketch, p, 0.3)
+            pinned = outliers(query, data.k[0], sketch, p) if query.pin else None
+            kept = select(query, scores, sketch, p, capacity(query, regions, 160), pinned)
+            assert (kept.count > 0).all() and (kept.count <= torch.tensor(lengths).unsqueeze(-1)).all()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_published_method_is_read_or_refused_by_name(row):
+    def read_all():
+        return list(map(read, fragments(Spec.load({"kvc": 1, **ROWS[row]}))))
+
+    if row in UNBUILT_ROWS:
+        with pytest.raises(Unbuilt, match=r"\w+: .|select\."):
+            read_all()
+    else:
+        read_all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "adakv", "d2o", "kvcrush", "windowkv", "zipvl", "lagkv"])
+def test_dynamo_traces_a_rule_whole(name):
+    """No graph break: nothing depends on a value."""
+    _, rules, _ = read(fragments(Spec.load(name))[0])
+    regions = regions_of({"recent": 8})
+    data = random_data(1, layers=2, lengths=(90, 61), dtype=torch.float32)
+    chance = Chance(probe=torch.rand(2, 90, generator=torch.Generator().manual_seed(1)))
+
+    def run(attentions, values):
+        return [o.kept.index for o in apply(rules[0], regions, attentions, values, chance=chance)]
+
+    want = run(data.attentions, data.v)
+    got = torch.compile(run, backend="eager", fullgraph=True)(data.attentions, data.v)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
