@@ -156,6 +156,15 @@ def test_bytes_of_weights(tied: bool) -> None:
     assert predict.prefill_flop(model, 10) == 2 * 10 * body + 2 * 128 * 64 + 2 * 100 * 4 * 16 * 2
 
 
+def test_bytes_of_quantised_weights() -> None:
+    config = tiny("llama").config
+    plain, quantised = models.build(config, "cpu"), models.build(config, "cpu", "int8")
+    linear = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
+    saved = sum(m.weight.numel() * 3 - m.weight.shape[0] * 4 for m in linear)  # fp32 to int8, a scale for each row
+    saved -= sum(models.nbytes(m.weight.zero_point) for m in quantised.modules() if isinstance(m, torch.nn.Linear))
+    assert predict.weights_read(plain) - predict.weights_read(quantised) == saved > 0
+
+
 def test_predictions_are_bytes_over_the_rate_of_the_run() -> None:
     model = tiny("llama")
     cache = cache_of("x", Spec.load("kivi-4bit").expanded(), model.config, "cpu")
@@ -303,6 +312,14 @@ def test_attention_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_quantised_weights_and_a_compressed_cache(folder: str) -> None:
+    s = plan.quick("cpu", parts=("model",), model=folder, contexts=(64,), batches=(1,), weights="int8")
+    results = run.run(s, (Spec.load("int8"),))
+    found = {r["cache"]: r["error"] for r in results["steps"] if r["cache"] != plan.QUANTIZED}
+    assert found == {"int8": "", plan.STATIC: ""} and results["failures"] == []
+
+
+@pytest.mark.slow
 def test_processes(tmp_path, folder: str) -> None:
     """One for each job: what they measure arrives, and how they end."""
     s = plan.quick("cpu", parts=("model",), model=folder, batches=(1,))
@@ -382,24 +399,31 @@ def test_plot(tmp_path) -> None:
         plot.draw(results_of([RATES]), str(tmp_path / "no" / "such.svg"))
 
 
-def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "package, asked, advice",
+    [("matplotlib", ["--plot", "x.svg"], "kvc-compile[bench]"), ("torchao", ["--weights", "int8"], "install torchao")],
+)
+def test_without_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str, asked: list[str], advice: str
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
+        if name.partition(".")[0] == package:
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("nothing is measured for a plot that cannot be drawn"))
-    assert cli.main(["bench", "--device", "cpu", "--plot", "x.svg"]) == 1
-    assert "kvc-compile[bench]" in capsys.readouterr().err
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("nothing is measured in vain"))
+    assert cli.main(["bench", "--device", "cpu", *asked]) == 1
+    assert advice in capsys.readouterr().err
 
 
 def test_misuse(capsys: pytest.CaptureFixture[str]) -> None:
     for asked, code, said in (
         (["bench", "modle"], 2, "part 'modle': allowed are attention"),
         (["bench", "--device", "tpu"], 2, "--device tpu"),
+        (["bench", "--weights", "int3", "--device", "cpu"], 2, "weights 'int3': allowed are int8"),
         (["bench", "--spec", "nope", "--device", "cpu"], 1, "no such file or preset"),
         (["bench", "--model", "/nowhere", "--device", "cpu"], 1, "config.json"),
     ):

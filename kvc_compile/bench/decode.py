@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvc_compile.bench import predict
+from kvc_compile.bench import models, predict
 from kvc_compile.bench.caches import HfQuantized, HfStatic
 from kvc_compile.bench.clock import step_seconds, synchronize
 from kvc_compile.bench.plan import Point, Settings
@@ -30,7 +30,7 @@ class Bench:
         self.device = settings.device
         self.like = torch.empty(0, dtype=next(model.parameters()).dtype, device=self.device)
         self.weights = predict.weights_read(model)
-        self.held = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.held = sum(models.nbytes(p) for p in model.parameters())
         self.step = cache.compile(model)
 
     def measure(self, point: Point) -> Step:

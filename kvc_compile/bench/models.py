@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kvc_compile.config import attention_shape, read
+from kvc_compile.config import ConfigError, attention_shape, read
 from kvc_compile.layout import Layout
 from kvc_compile.plan import layout_of
 from kvc_compile.sites import CacheTensor
@@ -36,13 +37,35 @@ def dtype_of(device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
-def build(config: Any, device: str) -> Any:
-    """The model in the dtype of the device, in eval mode. Its weights are what initialisation makes them."""
+def build(config: Any, device: str, weights: str | None = None) -> Any:
+    """The model in the dtype of the device, in eval mode. Its weights are what initialisation makes them; weights:
+    "int8" for those of its linear layers, by torchao."""
     from transformers import AutoModelForCausalLM
 
     config._attn_implementation = "sdpa"
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype_of(device)).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(device)).eval()
+    if weights is not None:
+        quantization = torchao()
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def torchao() -> Any:
+    """Its module that quantises weights. Raises ConfigError if it is not installed."""
+    try:
+        import torchao.quantization
+    except ImportError:
+        raise ConfigError("quantised weights need torchao: pip install torchao") from None
+    return torchao.quantization
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """Of its storage, that of quantised tensors included, which say the bytes of what they stand for."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.numel() * tensor.element_size()
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return sum(nbytes(part) for part in parts)
 
 
 def layouts(config: Any, spec: Spec, device: str) -> list[tuple[Layout, Layout]]:

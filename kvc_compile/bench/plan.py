@@ -10,6 +10,7 @@ from kvc_compile.request import MODES, OptionError
 from kvc_compile.spec import Spec
 
 PARTS = ("attention", "model", "capacity", "growth", "prefill")
+WEIGHTS = ("int8",)
 STATIC, QUANTIZED = "hf static", "hf quantized"  # the baselines
 
 
@@ -34,8 +35,8 @@ def default_specs() -> tuple[Spec, ...]:
 class Settings:
     """What was asked for. contexts, batches: of the model part; growth: its contexts, at batch 1; prompts: of the
     prefill part; room_at: the context at which the largest batch is looked for; memory: bytes that may be used, None
-    for all of the device; mode: of `torch.compile`, None for CUDA graphs on a GPU; until: the time (of `time.time`)
-    after which nothing more is begun."""
+    for all of the device; mode: of `torch.compile`, None for CUDA graphs on a GPU; weights: None as
+    they are, or one of WEIGHTS; until: the time (of `time.time`) after which nothing more is begun."""
 
     device: str
     parts: tuple[str, ...] = PARTS
@@ -49,6 +50,7 @@ class Settings:
     quick: bool = False
     memory: int | None = None
     mode: str | None = None
+    weights: str | None = None
     until: float | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class Settings:
                 raise OptionError(f"{name} are {getattr(self, name)}: numbers from 1 on are allowed")
         if self.mode is not None and self.mode not in MODES:
             raise OptionError(f"mode {self.mode!r}: allowed are {', '.join(MODES)}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise OptionError(f"weights {self.weights!r}: allowed are {', '.join(WEIGHTS)}")
         for part in self.parts:
             if part not in PARTS:
                 raise OptionError(f"part {part!r}: allowed are {', '.join(PARTS)}")

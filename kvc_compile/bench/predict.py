@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kvc_compile.bench.models import nbytes
 from kvc_compile.config import attention_shape
 from kvc_compile.layout import HEADER_WORDS, Layout
 
@@ -33,9 +34,9 @@ def weights_read(model: Any) -> int:
     """Bytes of the parameters that a step reads: all but the embedding table, of which it takes rows. A head that
     shares the table's memory reads all of it."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    total = sum(p.numel() * p.element_size() for p in model.parameters())  # shared ones once
+    total = sum(nbytes(p) for p in model.parameters())  # shared ones once
     tied = head is not None and head.weight is table.weight
-    return total if tied else total - table.weight.numel() * table.weight.element_size()
+    return total if tied else total - nbytes(table.weight)
 
 
 def prefill_flop(model: Any, tokens: int) -> int:

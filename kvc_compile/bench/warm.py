@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kvc_compile.bench import models
 from kvc_compile.bench.caches import Compressed, HfStatic, cache_of
 from kvc_compile.bench.decode import SPARE, WARM_STEPS
-from kvc_compile.bench.plan import QUANTIZED, Job, Point
+from kvc_compile.bench.plan import QUANTIZED, Job, Point, Settings
 from kvc_compile.config import attention_shape
 from kvc_compile.layout import Layout
 
@@ -50,22 +50,23 @@ def model(job: Job) -> None:
     cache = cache_of(job.cache, job.spec, config, s.device, s.mode)
     for point in job.points:
         if point.part != "prefill" or cache.compiled_prefill:
-            trace(cache, config, point, s.device, point.context + WARM_STEPS + s.steps + SPARE)
+            trace(cache, config, point, s, point.context + WARM_STEPS + s.steps + SPARE)
             torch._dynamo.reset()
     if isinstance(cache, Compressed) and s.device.startswith("cuda"):
         for k, v in sorted(set(cache.pairs), key=str):
             kernels(k, v, attention_shape(config).heads)
 
 
-def trace(cache: HfStatic, config: Any, point: Point, device: str, room: int) -> None:
+def trace(cache: HfStatic, config: Any, point: Point, s: Settings, room: int) -> None:
     """Compile the graph of a point and run nothing."""
+    device = s.device
 
     def stop(gm: Any, inputs: list[Any]) -> Any:
         cache.backend(gm, inputs)
         raise Compiled
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), cache.tracing():
-        net = models.build(config, device)
+        net = models.build(config, device, s.weights)
         like = torch.empty(0, dtype=models.dtype_of(device), device=device)
         prompt = point.part == "prefill"
         past = cache.empty(room) if prompt else cache.filled(like, point.batch, point.context, room)

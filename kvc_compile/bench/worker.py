@@ -46,7 +46,9 @@ def model_rows(job: Job) -> Iterator[Any]:
     config = models.config_of(s.model, s.device)
     found = ceilings.measure(s.device, models.dtype_of(s.device))
     yield found
-    bench = Bench(models.build(config, s.device), cache_of(job.cache, job.spec, config, s.device, s.mode), found, s)
+    bench = Bench(
+        models.build(config, s.device, s.weights), cache_of(job.cache, job.spec, config, s.device, s.mode), found, s
+    )
     bench.free()
     for point in job.points:
         yield bench.measure(point)
