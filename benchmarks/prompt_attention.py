@@ -3,8 +3,8 @@
     python benchmarks/prompt_attention.py --out results.json
 
 32 query and 8 key-value heads of 128 channels in bf16, one sequence. Ours takes the mask that Hugging Face's static
-cache comes with, and a compressed cache of what came before; PyTorch's takes the same mask, or is told that it is causal.
-Milliseconds are medians; TFLOP/s count causal attention alone.
+cache comes with, and a compressed cache of what came before; PyTorch's takes the same mask, or is told that it is
+causal. Milliseconds are medians; TFLOP/s count causal attention alone.
 """
 
 from __future__ import annotations
