@@ -7,7 +7,10 @@
 
 A tiny random model runs untouched and compiled with the lossless spec, prefill and decode steps, fed the same tokens;
 all logits are compared. The rewritten graphs run as they are, since what is looked at is the rewrite; --inductor
-compiles them, too. The table in docs/ has the sdpa modes with it and the eager modes without.
+compiles them, too. The table in docs/ has the sdpa modes with it and the eager modes without:
+
+    python docs/architectures.py --inductor --modes static-sdpa,dynamic-sdpa --json rows.jsonl --out -
+    python docs/architectures.py --json rows.jsonl --resume
 """
 
 from __future__ import annotations

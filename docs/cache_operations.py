@@ -62,6 +62,14 @@ def in_place(change: Callable[[torch.Tensor], Any]) -> Callable[[Any], None]:
     return do
 
 
+def updated(cache: Any) -> None:
+    """What attention does first that no graph holds."""
+    for i, layer in enumerate(cache.layers):
+        generator = torch.Generator().manual_seed(7)
+        heads, channels = layer.keys.shape[1], layer.keys.shape[3]
+        cache.update(*torch.randn(2, BATCH, heads, 3, channels, generator=generator), i)
+
+
 def saved(t: torch.Tensor) -> torch.Tensor:
     file = io.BytesIO()
     torch.save(t, file)
@@ -79,6 +87,7 @@ OPERATIONS = (
     Operation("`crop(-25)`", lambda c: c.crop(-25)),
     Operation("`crop(-61)`", lambda c: c.crop(-61)),
     Operation("`reset`", lambda c: c.reset(), tokens=20),
+    Operation("`update` in eager code, by 3 tokens", updated),
     Operation("`copy.deepcopy`", copy.deepcopy),
     Operation("`torch.save` and `load` of the tensors", each(saved)),
     Operation("`clone` of the tensors", each(torch.clone)),
@@ -130,7 +139,8 @@ TAIL = """
 Besides: a write at positions that are not consecutive, or after a gap, is an error on a CPU, and NaN on a GPU; a write
 at an earlier position forgets what came after it. A dynamic cache that is continued in two ways without a copy is an
 error. What is read from a handle (slices, arithmetic, `tolist`) is a dequantised copy, and a write to a slice is on
-that copy.
+that copy. `torch.cat` of a dynamic cache with new tokens, as transformers appends them, is a longer compressed copy;
+any other `cat` is a plain tensor, of which a warning and the report tell.
 """
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, track
+from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, moved, track
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
@@ -132,13 +132,6 @@ def make_room(window: CacheHandle, tokens: int, slide: Slide) -> None:
     if arena.shape[1] != size:
         window.arena = moved(cpu.resize(arena, size, layout), arena)
     window.arena.kvc_total = total + tokens  # type: ignore[attr-defined]
-
-
-def moved(arena: Tensor, old: Tensor) -> Tensor:
-    """`arena` counted as `old` was."""
-    if hasattr(old, "kvc_tag"):
-        track(arena, old.kvc_tag)
-    return arena
 
 
 def release(handle: CacheHandle) -> Tensor:

@@ -7,6 +7,12 @@ compressed bytes. So an op that no rewrite knows is slow but right, and the stat
 
 from __future__ import annotations
 
+import itertools
+import logging
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +21,7 @@ from torch.utils._pytree import tree_map
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 
+log = logging.getLogger("kvc_compile")
 aten = torch.ops.aten
 
 _WRITES = (
@@ -155,9 +162,14 @@ def _owned(h, arena: Tensor) -> CacheHandle:
     for name in ("kvc_length", "kvc_total"):
         if hasattr(h.arena, name):
             setattr(arena, name, getattr(h.arena, name))
-    if hasattr(h.arena, "kvc_tag"):
-        track(arena, h.arena.kvc_tag)
-    return _same(h, arena)
+    return _same(h, moved(arena, h.arena))
+
+
+def moved(arena: Tensor, old: Tensor) -> Tensor:
+    """`arena` counted as `old` was."""
+    if hasattr(old, "kvc_tag"):
+        track(arena, old.kvc_tag)
+    return arena
 
 
 def _index_select(h, dim, index):
@@ -254,7 +266,51 @@ def _append(h: CacheHandle, x: Tensor, positions: Tensor) -> CacheHandle:
             raise NotImplementedError(f"a write at a position of a window that has moved on {_WRITES}")
         forget(h.arena)
     ops.append(h.arena, x, positions, h.layout_key, [])
+    if not isinstance(h.arena, FakeTensor):
+        happened(h)
     return h
+
+
+def _cat(tensors, dim=0):
+    """A frame that Dynamo gave up on appends as the model spells it: to a cache that grows, by `cat`."""
+    handles = [t for t in tensors if isinstance(t, CacheHandle)]
+    if any(type(h.arena) is not Tensor for h in handles):
+        return NotImplemented  # it is being traced
+    why = no_append(tensors, dim)
+    out = aten.cat.default([_plain(t) for t in tensors], dim) if why else extended(*tensors)
+    for h in handles:
+        happened(h, why)
+    return out
+
+
+def no_append(tensors: list[Tensor], dim: int) -> str:
+    """Why `cat` of these makes no compressed cache with some tokens more of its first tensor, or "" if it does."""
+    h, *others = tensors
+    if not isinstance(h, CacheHandle):
+        return "the cache is not the first of what it joins"
+    if len(others) != 1:
+        return f"it joins {len(tensors)} tensors"
+    if dim not in (2, -2):
+        return f"it joins along dimension {dim}, not along the tokens"
+    if h.static or h.window:
+        return f"the cache is {'one of fixed length' if h.static else 'a sliding window'}"
+    x = others[0]
+    sizes = (*h.shape[:2], *h.shape[3:])
+    if type(x) is not Tensor or (*x.shape[:2], *x.shape[3:]) != sizes or x.device != h.device:
+        return "what it appends is no plain tensor of tokens as it has"
+    if x.dtype != h.dtype:
+        return f"it appends {x.dtype} to {h.dtype}"
+    return "gradients are asked for" if x.requires_grad else ""
+
+
+def extended(h: CacheHandle, x: Tensor) -> CacheHandle:
+    """A longer copy of a cache that grows, with the tokens x [B, H, n, D] behind its own."""
+    layout, held, tokens = h.stored, h.shape[2], h.shape[2] + x.shape[2]
+    size = max(h.arena.shape[1], layout.row_bytes(tokens + 1))  # the next token must fit without moving the arena
+    arena = moved(cpu.resize(h.arena, size, layout), h.arena)
+    if held < tokens:  # at these positions: a graph may have appended to the arena, for another handle, since
+        ops.store(arena, x, torch.arange(held, tokens, device=x.device), layout)
+    return growing(arena, h.layout_key, tokens)
 
 
 _HANDLERS = {
@@ -268,6 +324,7 @@ _HANDLERS = {
     aten.index_put_.default: _index_put,
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
+    aten.cat.default: _cat,
 }
 
 
@@ -290,9 +347,6 @@ def become(tensor: Tensor, other: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- accounting
-
-import weakref  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -327,3 +381,42 @@ def held(owner: str | None = None) -> dict[tuple[int, str], int]:
         key = (arena.kvc_tag.layer, arena.kvc_tag.role)
         total[key] = total.get(key, 0) + arena.untyped_storage().nbytes()
     return total
+
+
+# ---------------------------------------------------------------- what eager code did
+
+
+numbers = itertools.count()  # order of what happens: compiles (`report.Compile`) and what eager code does
+_eager: dict[tuple[Tag, str], int] = {}  # whose cache, and why it is plain now -> when, the last time
+_said: set[str] = set()
+
+
+def happened(h: CacheHandle, plain: str = "") -> None:
+    """Remember, and say once, that eager code appended to a cache, or `plain`: why its `cat` is a plain tensor."""
+    tag = getattr(h.arena, "kvc_tag", None)
+    if tag is not None:
+        _eager[tag, plain] = next(numbers)
+    if plain in _said:
+        return
+    _said.add(plain)
+    where = f" of layer {tag.layer}" if tag else ""
+    if plain:
+        log.warning("kvc: eager code made a plain tensor of a compressed cache%s by `cat`: %s", where, plain)
+        return
+    log.warning(
+        "kvc: eager code appends to a compressed cache%s. The cache stays compressed, but attention to it is not: it "
+        "reads all of the cache back in each step. If this model is compiled, Dynamo gave up on the frame: raise "
+        "torch._dynamo.config.recompile_limit (it is %s); TORCH_LOGS=recompiles says what differs each time",
+        where,
+        torch._dynamo.config.recompile_limit,
+    )
+
+
+def in_eager_code(owners: Iterable[str], since: int) -> dict[int, dict[str, None]]:
+    """By layer, what happened to caches of these owners in eager code: reasons why `cat` made them plain, "" where they
+    were appended to."""
+    wanted, found = set(owners), dict[int, dict[str, None]]()
+    for (tag, plain), number in _eager.items():
+        if tag.owner in wanted and number > since:
+            found.setdefault(tag.layer, {})[plain] = None
+    return found

@@ -15,7 +15,7 @@ import re
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ log = logging.getLogger("kvc_compile")
 TOKENS = 4096  # of the bytes that are shown where nobody asks for a number
 KEPT = 64  # records kept of graphs that are gone
 ORPHAN = "no parameters"  # the owner of graphs that take none: see `bound.owner_of`
-_numbers = itertools.count()
 
 
 # ---------------------------------------------------------------- what is remembered
@@ -52,7 +51,7 @@ class Compile:
     places: tuple[str, ...] = ()
     owners: set[str] = field(default_factory=set)
     differences: Differences | None = None  # under `verify`
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(default_factory=lambda: next(handle.numbers))
 
     def called(self, owner: str) -> None:
         self.owners.add(owner)
@@ -124,7 +123,7 @@ class Seen:
     """An attention in the graphs of one kind.
 
     kind: how that graph holds the cache ("born", "static", "grown", "fresh": see `sites.CacheTensor`), "" if none is
-    known. graphs: how many graphs agree on all of this.
+    known; "eager": not in a graph. graphs: how many graphs agree on all of this.
     """
 
     kind: str
@@ -364,7 +363,8 @@ def of(compiles: Iterable[Compile], owners: Iterable[str] = ()) -> Report:
             kind = e.site.key.kind if isinstance(e, SitePlan) else usual
             difference = c.differences.sites.get(e.site.index) if c.differences and isinstance(e, SitePlan) else None
             found.setdefault((place, layer, n), []).append(Entry(e, place, shared, kind, difference))
-    sites = tuple(_merge(entries) for entries in found.values())
+    eager = handle.in_eager_code(owners, since=min(c.number for c in group))
+    sites = tuple(_outside(_merge(entries), eager) for entries in found.values())
     note = "" if sites else "no attention was found in what was compiled"
     outputs = worst(c.differences.outputs for c in group if c.differences)
     return Report(spec.name, spec.digest, len(group), sites, tuple(sorted(owners)), note, outputs)
@@ -430,3 +430,17 @@ def _merge(entries: list[Entry]) -> SiteReport:
         note="; ".join(dict.fromkeys(e.site.note for e, _ in stored if e.site.note)),
         difference=worst(x.difference for x in entries if x.difference),
     )
+
+
+EAGER = "where it runs in eager code, as Dynamo gave up on a frame or the model is not compiled"
+
+
+def _outside(s: SiteReport, eager: dict[int, dict[str, None]]) -> SiteReport:
+    """The record with what eager code, which no graph knows of, did to the cache."""
+    happened = eager.get(s.layer, {}) if s.keys else {}
+    if "" in happened:
+        s = replace(s, note="; ".join(filter(None, (s.note, EAGER))))
+    if why := [f"eager code made a plain tensor of it: {reason}" for reason in happened if reason]:
+        seen = (*s.seen, *(Seen("eager", "declined", reason, 0) for reason in why))
+        s = replace(s, status="declined", reason="; ".join(filter(None, (s.reason, *why))), seen=seen)
+    return s
