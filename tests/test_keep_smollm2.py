@@ -41,7 +41,9 @@ def reading(smollm2):
             model(ids, use_cache=False)
     finally:
         model.set_attn_implementation(before)
-    return [seen[i] for i in LAYERS]
+    found = [seen[i] for i in LAYERS]
+    seen.clear()  # what is registered lives as long as the process
+    return found
 
 
 def data_of(reading, layers, dtype):
