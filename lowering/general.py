@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,19 @@ def blocks(rows: int, channels: int, item: int, packed: bool) -> Blocks:
         return Blocks(128, 64, 8, 3) if packed else Blocks(64, 64, 4, 3)
     bm = min(max(16, 1 << (rows - 1).bit_length()), 64)
     return Blocks(bm, 32 if wide or bm == 16 else 64, 4 if bm < 64 else 8)
+
+
+def fitted(b: Blocks, keys: int, values: int, item: int, shared: int) -> Blocks:
+    """With no more tiles in flight than `shared` bytes, what a program can have of a multiprocessor's memory, hold.
+    keys, values: channels of their tiles; item: bytes of an element."""
+    while b.stages > 1 and shared_bytes(b, keys, values, item) > shared:
+        b = replace(b, stages=b.stages - 1)
+    return b
+
+
+def shared_bytes(b: Blocks, keys: int, values: int, item: int) -> int:
+    """Of the queries and of the tiles in flight, as Triton lays out new tokens."""
+    return item * (b.BM * keys + b.stages * b.BN * (keys + values))
 
 
 def split_count(b: Blocks, programs: int, tokens: int, multiprocessors: int) -> int:

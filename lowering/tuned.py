@@ -18,6 +18,8 @@ from kvc_compile.kernels.form import form
 from kvc_compile.layout import Layout
 from kvc_compile.lowering.candidates import Sizes, best, candidates, rows_bucket, split_count
 from kvc_compile.lowering.decoding import Tiles
+from kvc_compile.lowering.general import Blocks, fitted
+from kvc_compile.lowering.variants import pad
 from kvc_compile.timings import Database, Entry, Key, bucket, user_folder
 
 # Files whose content decides what a timing means, by kernel: it with all that it imports of its folder, and the rules.
@@ -83,6 +85,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have of a multiprocessor's memory: 227 KiB on an H100, 99 on a consumer's card."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)  # not on ROCm
+
+
 # ---------------------------------------------------------------- the database of this process
 
 
@@ -123,7 +132,11 @@ def chosen(
 ) -> tuple[Sizes, int]:
     """The sizes to run a `Problem` with, k and v being the keys of its layouts, and its splits."""
     p = Problem(Layout.parse(k), Layout.parse(v), groups, n, dtype, batch, room)
-    sizes = pick(p.key(device), p.candidates) if device.type == "cuda" else p.candidates[0]
+    sizes = p.candidates[0]
+    if device.type == "cuda":
+        sizes = pick(p.key(device), p.candidates)
+        if isinstance(sizes, Blocks):
+            sizes = fitted(sizes, pad(p.k.channels), pad(p.v.channels), dtype.itemsize, shared_memory(device))
     return sizes, splits(sizes, p, device)
 
 

@@ -24,7 +24,7 @@ from kvc_compile import timings
 from kvc_compile.cli import tune as command
 from kvc_compile.layout import Codec, Layout
 from kvc_compile.lowering import candidates as cand
-from kvc_compile.lowering import tuned, tuning
+from kvc_compile.lowering import general, tuned, tuning
 from kvc_compile.lowering.decoding import Tiles
 from kvc_compile.lowering.general import Blocks
 from kvc_compile.lowering.tuned import Problem
@@ -48,6 +48,7 @@ def database(tmp_path, monkeypatch) -> Database:
     monkeypatch.setattr(tuned, "database", lambda: made)
     monkeypatch.setattr(tuned, "device_name", lambda device: "Test GPU")
     monkeypatch.setattr(tuned, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tuned, "shared_memory", lambda device: 227 << 10)
     monkeypatch.setattr(timings, "_warned", set())
     tuned.chosen.cache_clear()
     yield made
@@ -191,6 +192,16 @@ def test_a_launch_takes_the_fastest(database):
     sizes, splits = tuned.chosen(*args)
     assert sizes == want and splits == tuned.splits(want, DECODE, GPU)
     assert tuned.splits(replace(rule, waves=2), DECODE, GPU) > tuned.splits(rule, DECODE, GPU)
+
+
+def test_a_prompt_on_a_gpu_with_less_shared_memory(database, monkeypatch):
+    args = KL.key, VL.key, 4, 4096, torch.float16, 1, 8192, GPU
+    assert tuned.chosen(*args)[0] == Blocks(128, 64, 8, 3)  # 128 KiB, as Triton says
+    assert general.shared_bytes(Blocks(128, 64, 8, 3), 128, 128, 2) == 128 << 10
+    for kib, stages in ((163, 3), (99, 2), (48, 1)):
+        monkeypatch.setattr(tuned, "shared_memory", lambda device, kib=kib: kib << 10)
+        tuned.chosen.cache_clear()
+        assert tuned.chosen(*args)[0] == Blocks(128, 64, 8, stages)
 
 
 def test_a_warm_lookup_reads_no_file(database, monkeypatch):
