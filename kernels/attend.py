@@ -107,6 +107,36 @@ def cache_lengths(k_arena, v_arena, h, positions, PLACED: tl.constexpr, K: tl.co
 
 
 @triton.jit
+def sight(
+    mask, bounds, b, h, g, i, live, length, total, width, shown, mask_b, mask_h, mask_n, mask_p, see_b, see_h, see_n,
+    G: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """What query i of head g of the group sees, for each row: (its row of the mask, the first position, one past the
+    last, whether all rows see all between them with nothing added, whether the mask is not one of this cache)."""
+    first = tl.zeros_like(i)
+    end = tl.zeros_like(i) + total
+    mask_rows = mask + b * mask_b + (h * G + g) * mask_h + i.to(tl.int64) * mask_n
+    plain = total >= 0
+    blind = total < 0
+    hidden = 0
+    if WINDOW:
+        hidden = tl.maximum(length - shown, 0)
+        mask_rows -= tl.cast(hidden, tl.int64) * mask_p
+        first += hidden
+    if MASK != NO_MASK:
+        at = bounds + b * see_b + (h * G + g) * see_h + i.to(tl.int64) * see_n
+        first += tl.load(at)
+        end = tl.load(at + 1) + hidden
+        # it covers too little, or shows what the cache does not hold
+        blind = (width + hidden < total) | (tl.max(tl.where(live, end, 0), 0) > total)
+        end = tl.minimum(end, total)
+        plain = tl.min(tl.where(live, tl.load(at + 2), 1), 0) != 0
+    elif CAUSAL:
+        end = length + i + 1
+    return mask_rows, first, end, plain, blind
+
+
+@triton.jit
 def capped(s, CAP: tl.constexpr):
     """CAP tanh(s / CAP), exact to a rounding of CAP; s where CAP is 0."""
     if CAP == 0.0:
@@ -216,26 +246,12 @@ def attend_split(
     length, k_encoded, v_encoded, fault = cache_lengths(k_arena, v_arena, h, positions, PLACED, K, V)
     total = length + n
 
-    # positions [lo, hi) are seen by some query of the program, [all_lo, all_hi) by all of them with nothing added
-    first = tl.zeros([BM], tl.int32)
-    end = tl.full([BM], 0, tl.int32) + total
-    mask_rows = mask + b * mask_b + (h * G + g) * mask_h + i.to(tl.int64) * mask_n
-    plain = True
-    hidden = 0
-    if WINDOW:
-        hidden = tl.maximum(length - shown, 0)
-        mask_rows -= tl.cast(hidden, tl.int64) * mask_p
-        first += hidden
-    if MASK != NO_MASK:
-        fault = fault | (width + hidden < total)
-        at = bounds + b * see_b + (h * G + g) * see_h + i.to(tl.int64) * see_n
-        first += tl.load(at)
-        end = tl.load(at + 1) + hidden
-        fault = fault | (tl.max(tl.where(live, end, 0), 0) > total)  # it shows what the cache does not hold
-        end = tl.minimum(end, total)
-        plain = tl.min(tl.where(live, tl.load(at + 2), 1), 0) != 0
-    elif CAUSAL:
-        end = length + i + 1
+    mask_rows, first, end, plain, blind = sight(
+        mask, bounds, b, h, g, i, live, length, total, width, shown, mask_b, mask_h, mask_n, mask_p,
+        see_b, see_h, see_n, G, MASK, CAUSAL, WINDOW,
+    )  # fmt: skip
+    fault = fault | blind
+    # positions [lo, hi) are seen by some query, [all_lo, all_hi) by all of them
     lo, hi = tl.min(tl.where(live, first, total), 0), tl.max(tl.where(live, end, 0), 0)
     all_lo, all_hi = tl.max(tl.where(live, first, 0), 0), tl.min(tl.where(live, end, total), 0)
     if MASK != NO_MASK:

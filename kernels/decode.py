@@ -45,7 +45,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvc_compile.kernels.attend import ADDED_MASK, LOG2E, NO_MASK, cache_lengths, with_sink
+from kvc_compile.kernels.attend import ADDED_MASK, LOG2E, NO_MASK, cache_lengths, sight, with_sink
 from kvc_compile.kernels.body import body_tile
 from kvc_compile.kernels.codec import RAW
 from kvc_compile.kernels.facts import BLANK, boost, by_token
@@ -95,26 +95,12 @@ def decode_split(
     length, k_encoded, v_encoded, fault = cache_lengths(k_arena, v_arena, h, positions, PLACED, K, V)
     total = length + n
 
+    mask_rows, first, end, plain, blind = sight(
+        mask, bounds, b, h, g, i, live, length, total, width, shown, mask_b, mask_h, mask_n, mask_p,
+        see_b, see_h, see_n, G, MASK, CAUSAL, WINDOW,
+    )  # fmt: skip
+    fault = fault | blind
     # positions [lo, hi) are seen by some query, [all_lo, all_hi) by all of them
-    first = tl.zeros([BM], tl.int32)
-    end = tl.full([BM], 0, tl.int32) + total
-    plain = True
-    mask_rows = mask + b * mask_b + (h * G + g) * mask_h + i.to(tl.int64) * mask_n
-    hidden = 0
-    if WINDOW:
-        hidden = tl.maximum(length - shown, 0)
-        mask_rows -= tl.cast(hidden, tl.int64) * mask_p
-        first += hidden
-    if MASK != NO_MASK:
-        fault = fault | (width + hidden < total)
-        at = bounds + b * see_b + (h * G + g) * see_h + i.to(tl.int64) * see_n
-        first += tl.load(at)
-        end = tl.load(at + 1) + hidden
-        fault = fault | (tl.max(tl.where(live, end, 0), 0) > total)  # it shows what the cache does not hold
-        end = tl.minimum(end, total)
-        plain = tl.min(tl.where(live, tl.load(at + 2), 1), 0) != 0
-    elif CAUSAL:
-        end = length + i + 1
     lo, hi = tl.min(tl.where(live, first, total), 0), tl.max(tl.where(live, end, 0), 0)
     all_lo, all_hi = tl.max(tl.where(live, first, 0), 0), tl.min(tl.where(live, end, total), 0)
     if MASK != NO_MASK:
