@@ -24,7 +24,7 @@ from kvc_compile.layout import HEADER_WORDS, TILE, Layout
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-LENGTH, ENCODED, FAULT = 0, 1, 2  # words of the header
+LENGTH, ENCODED, FAULT, EVICTED = 0, 1, 2, 3  # words of the header
 WORDS = {8: torch.uint8, 16: torch.int16}
 SPAN = 2048  # body tokens attended at a time: bounds the dequantised temporary whatever the context
 
@@ -38,6 +38,7 @@ class Views:
     ring: Tensor  # dtype [B, H, recent, D]
     planes: tuple[Tensor, ...]  # words [B, H, N/(16n), 16, D], or elements [B, H, N, D]
     params: Tensor | None  # fp16 [B, H, N/t, groups, 2 or 1]
+    words: Tensor | None  # int32 [B, H, words, N + sink + recent]
 
 
 def views(data: Tensor, layout: Layout) -> Views:
@@ -74,12 +75,14 @@ def make_views(data: Tensor, layout: Layout) -> Views:
         else:
             planes.append(region(offset, FP8 if layout.codec.kind == "fp" else dtype, h, n, d))
     t, k = layout.codec.block[0], layout.codec.params
+    slots = n + layout.sink + layout.recent
     return Views(
         header=region(0, torch.int64, h, HEADER_WORDS),
         sink=region(layout.sink_offset, dtype, h, layout.sink, d),
         ring=region(layout.ring_offset, dtype, h, layout.recent, d),
         planes=tuple(planes),
         params=region(layout.params_offset(n), torch.float16, h, n // t, layout.groups, k) if k else None,
+        words=region(layout.words_offset(n), torch.int32, h, layout.words, slots) if layout.words else None,
     )
 
 

@@ -155,6 +155,19 @@ def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
     become(tensor, CacheHandle(arena, layout.key, tensor.shape[2], static=True))
 
 
+def fitted(arena: Tensor, layout: Layout, tokens: int, o: Output) -> tuple[Tensor, int]:
+    """(the arena with no more room than a cache of `tokens` tokens needs, how many of them were evicted). Only a graph
+    that makes an arena is asked for the number: a step evicts none."""
+    if o.arena < 0:
+        return arena, arena.kvc_evicted
+    gone = cpu.evicted(arena, layout)
+    size = layout.row_bytes(tokens - gone + (0 if o.static else SLACK))
+    if size < arena.shape[1]:
+        arena = cpu.resize(arena, size, layout)
+    arena.kvc_evicted = gone  # type: ignore[attr-defined]
+    return arena, gone
+
+
 def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHandle:
     """The handle that the caller gets in place of a cache tensor."""
     if o.static and o.arena < 0:
@@ -173,8 +186,11 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
             drop = o.slide.forgotten(total, tokens)
             cpu.trim(arena, layout, drop)
             total -= drop
+    if layout.evicts:
+        arena, gone = fitted(arena, layout, tokens, o)
+        total -= gone
     if not o.static and layout.body_tokens(total + 1) > layout.capacity_of(arena.shape[1]):
-        arena = cpu.grow(arena, total + SLACK, layout)  # the next token must fit without moving the arena
+        arena = moved(cpu.grow(arena, total + SLACK, layout), arena)  # the next token must fit without moving the arena
     track(arena, Tag(owner, o.layer, o.role))
     if o.static:
         return CacheHandle(arena, o.layout, tokens, True)

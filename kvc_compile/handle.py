@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from kvc_compile.layout import Layout
-from kvc_compile.lowering import cpu, ops
+from kvc_compile.lowering import cpu, keeping, ops
 
 log = logging.getLogger("kvc_compile")
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def _clone(h, *, memory_format=None):
 
 def _owned(h, arena: Tensor) -> CacheHandle:
     """A handle like `h` on an arena of its own."""
-    for name in ("kvc_length", "kvc_total"):
+    for name in ("kvc_length", "kvc_total", "kvc_evicted"):
         if hasattr(h.arena, name):
             setattr(arena, name, getattr(h.arena, name))
     return _same(h, moved(arena, h.arena))
@@ -201,6 +201,9 @@ def first_tokens(h: CacheHandle, index: object) -> int | None:
 def crop(h: CacheHandle, tokens: int) -> CacheHandle:
     """A copy that holds the first tokens only; not a view, so writes to it are on it alone."""
     out = _clone(h)
+    if h.stored.evicts:
+        keeping.start_at(out.arena, h.stored, tokens)
+        return growing(out.arena, h.layout_key, tokens)
     held = cpu.length(out.arena, h.stored)
     last = held - h.shape[2] + tokens if h.window else tokens
     cpu.rewind(out.arena, h.stored, last)
@@ -265,6 +268,9 @@ def _append(h: CacheHandle, x: Tensor, positions: Tensor) -> CacheHandle:
         if h.static and cpu.length(h.arena, h.stored) > h.shape[2] and int(positions.reshape(-1)[0]):
             raise NotImplementedError(f"a write at a position of a window that has moved on {_WRITES}")
         forget(h.arena)
+    if h.stored.evicts and not isinstance(h.arena, FakeTensor):
+        keeping.start_at(h.arena, h.stored, int(positions.reshape(-1)[0]))
+        positions = None
     ops.append(h.arena, x, positions, h.layout_key, [])
     if not isinstance(h.arena, FakeTensor):
         happened(h)
@@ -308,8 +314,12 @@ def extended(h: CacheHandle, x: Tensor) -> CacheHandle:
     layout, held, tokens = h.stored, h.shape[2], h.shape[2] + x.shape[2]
     size = max(h.arena.shape[1], layout.row_bytes(tokens + 1))  # the next token must fit without moving the arena
     arena = moved(cpu.resize(h.arena, size, layout), h.arena)
+    if layout.evicts:
+        arena.kvc_evicted = h.arena.kvc_evicted  # type: ignore[attr-defined]
+        keeping.start_at(arena, layout, held)
     if held < tokens:  # at these positions: a graph may have appended to the arena, for another handle, since
-        ops.store(arena, x, torch.arange(held, tokens, device=x.device), layout)
+        at = None if layout.evicts else torch.arange(held, tokens, device=x.device)
+        ops.store(arena, x, at, layout)
     return growing(arena, h.layout_key, tokens)
 
 

@@ -3,16 +3,22 @@
 A compressed cache tensor is one byte buffer, the *arena*, `uint8 [batch, row_bytes]`: each batch row is self-contained,
 so that selecting or reordering sequences is an index over rows. A row holds, in this order:
 
-    header   int64 [heads, 4]                            length, encoded, fault, 0: one per head
+    header   int64 [heads, 4]                            one per head
     sink     dtype [heads, sink, channels]               tokens 0 .. sink-1, as the model made them
     ring     dtype [heads, recent, channels]             the newest tokens; token p lies in slot (p - sink) % recent
     planes   word  [heads, capacity/(16*n), 16, channels]  one per bit plane of the codec, n = word bits / plane bits
     params   fp16  [heads, capacity/t, groups, 2 or 1]   scale (and middle) of each block of t tokens x c channels
+    words    int32 [heads, words, capacity+sink+recent]  of a cache that evicts: what is known of each slot
 
-`length` is the number of tokens in the cache, `encoded` how many of them are in the planes: the tokens
-sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is position sink + i. Every head has
-a header, so that budgets may differ by head and one program may append to one head; today all heads and rows of an
-arena agree.
+The header is length, encoded, fault, evicted. `length` is the number of tokens in the cache, `encoded` how many of them
+are in the planes: the tokens sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is
+position sink + i. Every head has a header, so that one program may append to one head; all heads and rows of an arena
+agree.
+
+A cache that *evicts* holds fewer tokens than were appended. Then all of the above is about *slots*: slot s holds some
+position, another one in each head, or none (a hole); `evicted` is how many tokens fewer there are than were appended,
+so that a position p from the last eviction on is slot p - evicted. The first of the words is position - slot (keys
+alone have it), -slot - 1 for a hole: a cache that nothing was evicted from has zeros.
 
 A word packs tokens, not channels: with n codes to a word, the word at row t of a packing block holds the tokens
 t, t+16, t+32, ... of one channel, lowest bits first (here 4 bits in 8-bit words, n = 2):
@@ -81,6 +87,8 @@ class Layout:
     recent: int = 0
     flush: int = 1
     word: int = 8
+    evicts: bool = False
+    words: int = 0  # of a slot; only where it evicts
 
     @cached_property
     def key(self) -> str:
@@ -89,6 +97,7 @@ class Layout:
         return (
             f"{c.kind}{c.bits}{'z' if c.zero_point else ''}.{c.block[0]}x{c.block[1]}"
             f".h{self.heads}.d{self.channels}.{self.dtype}.s{self.sink}.r{self.recent}.f{self.flush}.w{self.word}"
+            + (f".e{self.words}" if self.evicts else "")
         )
 
     @staticmethod
@@ -97,9 +106,10 @@ class Layout:
         m = _KEY.fullmatch(key)
         if m is None:
             raise ValueError(f"not a layout: {key!r}")
-        kind, bits, zero, t, c, heads, channels, dtype, sink, recent, flush, word = m.groups()
+        kind, bits, zero, t, c, heads, channels, dtype, sink, recent, flush, word, words = m.groups()
         codec = Codec(kind, int(bits), (int(t), int(c)), bool(zero))
-        return Layout(codec, int(heads), int(channels), dtype, int(sink), int(recent), int(flush), int(word))
+        regions = int(sink), int(recent), int(flush), int(word)
+        return Layout(codec, int(heads), int(channels), dtype, *regions, words is not None, int(words or 0))
 
     @property
     def item(self) -> int:
@@ -159,13 +169,23 @@ class Layout:
     @cached_property
     def unit_bytes(self) -> int:
         """Bytes that one unit more of capacity adds to a row, a multiple of 16 so that every row starts aligned."""
-        return round_up(sum(self.plane_bytes(p, self.unit) for p in self.planes) + self.params_bytes(self.unit), 16)
+        planes = sum(self.plane_bytes(p, self.unit) for p in self.planes)
+        return round_up(planes + self.params_bytes(self.unit) + 4 * self.heads * self.words * self.unit, 16)
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Bytes of a row that do not grow with its capacity."""
+        slots = 4 * self.heads * self.words * (self.sink + self.recent)
+        return self.body_offset + (round_up(slots, 16) + 16 if self.words else 0)  # 16: the words are aligned
 
     def plane_offset(self, index: int, capacity: int) -> int:
         return self.body_offset + sum(self.plane_bytes(p, capacity) for p in self.planes[:index])
 
     def params_offset(self, capacity: int) -> int:
         return self.plane_offset(len(self.planes), capacity)
+
+    def words_offset(self, capacity: int) -> int:
+        return round_up(self.params_offset(capacity) + self.params_bytes(capacity), 16)
 
     def body_tokens(self, tokens: int) -> int:
         """Most tokens that are encoded at once in a cache of at most `tokens` tokens."""
@@ -177,11 +197,11 @@ class Layout:
 
     def row_bytes(self, tokens: int) -> int:
         """Bytes of one batch row of a cache for `tokens` tokens, header, regions and scales included."""
-        return self.body_offset + self.capacity(tokens) // self.unit * self.unit_bytes
+        return self.fixed_bytes + self.capacity(tokens) // self.unit * self.unit_bytes
 
     def capacity_of(self, row_bytes: int) -> int:
         """The body capacity of a row of this size: the inverse of `row_bytes`."""
-        return (row_bytes - self.body_offset) // self.unit_bytes * self.unit
+        return (row_bytes - self.fixed_bytes) // self.unit_bytes * self.unit
 
     def room_of(self, row_bytes: int) -> int:
         """Tokens that a row of this size has room for at most: body, sink and ring."""
@@ -197,4 +217,4 @@ class Layout:
         return encoded + round_up(over, self.flush) if over > 0 else encoded
 
 
-_KEY = re.compile(r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)")
+_KEY = re.compile(r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)(?:\.e(\d+))?")

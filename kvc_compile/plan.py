@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kvc_compile.layout import Codec, Layout
+from kvc_compile.policy import Policy
 from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 from kvc_compile.spec import Spec, TensorSpec
 
@@ -40,12 +42,25 @@ class Slide:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """What a cache keeps of a prompt. policy: its key; group: the first of the layers that are looked at together;
+    layers: of the model, as far as this graph shows it."""
+
+    policy: str
+    group: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class SitePlan:
-    """The layouts of one attention's cache pair."""
+    """The layouts of one attention's cache pair, and which tokens stay. stays: why all do, where the spec asks for
+    less."""
 
     site: Site
     key: Layout
     value: Layout
+    keep: Keep | None = None
+    stays: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,15 +100,60 @@ def make_plan(
     """Plan every site. `existing` names buffers that are compressed already: they keep their layout."""
     existing = existing or {}
     layers = 1 + max((s.layer for s in found if isinstance(s, Site)), default=0)
+    sites = [s for s in found if isinstance(s, Site)]
+    asked = {s.index: spec.layer(s.layer, layers) for s in sites}
+    kept = keeps(sites, {i: a.keep for i, a in asked.items()}, existing)
     entries: list[SitePlan | Declined] = []
     for s in found:
         if isinstance(s, Declined):
             entries.append(s)
             continue
-        asked = spec.layer(s.layer, layers)
-        key = existing.get(s.key.buffer) or layout_of(asked.k, s.key, device)
-        entries.append(SitePlan(s, key, existing.get(s.value.buffer) or layout_of(asked.v, s.value, device)))
+        keep = kept[s.index]
+        key, value = (
+            existing.get(cache.buffer) or evicting(layout_of(tensor, cache, device), keep, words)
+            for cache, tensor, words in ((s.key, asked[s.index].k, KEY_WORDS), (s.value, asked[s.index].v, 0))
+        )
+        stays = keep if isinstance(keep, str) else ""
+        entries.append(SitePlan(s, key, value, keep if isinstance(keep, Keep) else None, stays))
     return Plan(tuple(entries))
+
+
+KEY_WORDS = 1  # of a slot: which position it holds
+
+
+def evicting(layout: Layout, keep: Keep | str, words: int) -> Layout:
+    return replace(layout, evicts=True, words=words) if isinstance(keep, Keep) else layout
+
+
+def keeps(sites: Sequence[Site], asked: Mapping[int, str], existing: Mapping[str, Layout]) -> dict[int, Keep | str]:
+    """What each site keeps, or why it keeps all, "" where that is what is asked."""
+    uses = Counter(s.key.buffer for s in sites)
+    longest = max((s.key.length or 0 for s in sites), default=0)
+    out: dict[int, Keep | str] = {}
+    for s in sites:
+        stored = existing.get(s.key.buffer)
+        if not asked[s.index]:
+            out[s.index] = ""
+        elif s.pattern == "read back":
+            out[s.index] = "its attention is not rewritten, so it is not known what matters to it"
+        elif s.key.window or (s.key.length is not None and s.key.length < longest):
+            out[s.index] = "it is a sliding window"
+        elif uses[s.key.buffer] > 1:
+            out[s.index] = "several attentions read it"
+        elif stored is not None and not stored.evicts:
+            out[s.index] = "it was made where all tokens stay"
+        else:
+            out[s.index] = Keep(asked[s.index], s.layer, 0)
+    layers = 1 + max((s.layer for s in sites), default=0)
+    for s in sites:
+        keep = out[s.index]
+        if isinstance(keep, Keep):
+            policy = Policy.parse(keep.policy)
+            same = [x.layer for x in sites if isinstance(k := out[x.index], Keep) and k.policy == keep.policy]
+            leader = s.layer // policy.rule.reuse * policy.rule.reuse
+            group = same[0] if policy.joint else leader if leader in same else s.layer
+            out[s.index] = replace(keep, group=group, layers=layers)
+    return out
 
 
 def bytes_of(plan: Plan, tokens: int, batch: int = 1) -> tuple[int, int]:

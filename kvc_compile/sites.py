@@ -21,6 +21,8 @@ class CacheTensor:
     heads: int
     channels: int
     dtype: str
+    length: int | None = None  # of a buffer, where the graph says it
+    window: bool = False  # one that slides: the oldest tokens fall out of it
 
 
 @dataclass(frozen=True)

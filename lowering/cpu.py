@@ -82,6 +82,11 @@ def length(data: Tensor, layout: Layout) -> int:
     return reference.lengths(reference.views(data, layout))[0]
 
 
+def evicted(data: Tensor, layout: Layout) -> int:
+    """How many tokens fewer are held than were appended."""
+    return int(reference.views(data, layout).header[0, 0, reference.EVICTED])
+
+
 def rewind(data: Tensor, layout: Layout, tokens: int) -> None:
     """Forget all but the first tokens."""
     reference.rewind(data, layout, tokens)
@@ -108,4 +113,8 @@ def resize(data: Tensor, row_bytes: int, layout: Layout) -> Tensor:
     if old.params is not None and new.params is not None:
         n = min(old.params.shape[2], new.params.shape[2])
         new.params[:, :, :n] = old.params[:, :, :n]
+    if old.words is not None and new.words is not None:
+        n = min(old.words.shape[3], new.words.shape[3])
+        new.words[..., :n] = old.words[..., :n]
+        new.words[:, :, 0, n:] = old.header[..., reference.EVICTED].unsqueeze(-1)  # as after any eviction
     return out

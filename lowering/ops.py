@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvc_compile.kernels.reference import LENGTH, views
+from kvc_compile.kernels.reference import EVICTED, LENGTH, views
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu
 
@@ -33,12 +33,14 @@ def _kernels():
 _library = torch.library.Library("kvc", "DEF")
 
 
-def operator(mutates: Sequence[str] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
+def operator(
+    mutates: Sequence[str] = (), tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable], torch._ops.OpOverload]:
     """Register a function as the operator of its name. `torch.library.custom_op` costs 13 us more a call."""
 
     def register(f: Callable) -> torch._ops.OpOverload:
         schema = torch.library.infer_schema(f, mutates_args=mutates)
-        _library.define(f.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(f.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _library.impl(f.__name__, f, "CompositeExplicitAutograd")
         return getattr(torch.ops.kvc, f.__name__).default
 
@@ -127,30 +129,44 @@ def _(x, tokens, layout):
 def extend(data: Tensor, x: Tensor, layout: str) -> Tensor:
     """A copy of the arena with room for n more tokens and x [B, H, n, D] appended."""
     parsed = Layout.parse(layout)
-    grown = cpu.resize(data, _extended(data.shape[1], x.shape[2], parsed), parsed)
+    grown = cpu.resize(data, extended_bytes(data.shape[1], x.shape[2], parsed), parsed)
     store(grown, x, None, parsed)
     return grown
 
 
-def _extended(row_bytes: int, n: int, layout: Layout) -> int:
+def extended_bytes(row_bytes: int, n: int, layout: Layout) -> int:
     """Row bytes after n tokens more: never less room than they need, whatever part of it was free."""
     return row_bytes + (n + layout.flush + layout.unit - 1) // layout.unit * layout.unit_bytes
 
 
 @shapes(extend)
 def _(data, x, layout):
-    return data.new_empty((data.shape[0], _extended(data.shape[1], x.shape[2], Layout.parse(layout))))
+    return data.new_empty((data.shape[0], extended_bytes(data.shape[1], x.shape[2], Layout.parse(layout))))
 
 
 @operator()
 def read(data: Tensor, tokens: int, layout: str, last: bool) -> Tensor:
     """The first `tokens` positions as values [B, H, tokens, D] in the model's dtype; zeros past the end.
 
-    last: the last ones, where there are more: a window.
+    last: the last ones, where there are more: a window. Raises EvictedError where some are gone.
     """
+    parsed = Layout.parse(layout)
+    if parsed.evicts and (gone := int(views(data, parsed).header[0, 0, EVICTED])):
+        raise EvictedError(
+            f"{gone} tokens of this cache were evicted in each head, other ones in each: it cannot be read by position"
+        )
+    return values(data, tokens, parsed, last)
+
+
+class EvictedError(RuntimeError):
+    """The content of a cache is asked for by position, and some of it was evicted."""
+
+
+def values(data: Tensor, tokens: int, layout: Layout, last: bool = False) -> Tensor:
+    """`read` as a plain function, of slots."""
     if data.is_cuda and tokens:
-        return _kernels().read(data, tokens, Layout.parse(layout), last)
-    out = cpu.read(data, tokens, Layout.parse(layout), last)
+        return _kernels().read(data, tokens, layout, last)
+    out = cpu.read(data, tokens, layout, last)
     return out.clone() if out.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else out
 
 

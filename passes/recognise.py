@@ -251,7 +251,12 @@ def record(c: Buffer | Concat) -> CacheTensor:
         buffer, append, src = c.node.name, c.append.name, source(c.node)
     else:
         buffer, append, src = c.node.name, c.node.name, source(c.past) if c.past is not None else ""
-    return CacheTensor(kind(c), buffer, src, append, int(s[1]), int(s[3]), tensor_dtype(value(c.node).dtype))
+    fixed = isinstance(c, Buffer) and isinstance(s[2], int)
+    slides = c.positions is None if isinstance(c, Buffer) else c.kept is not None
+    return CacheTensor(
+        kind(c), buffer, src, append, int(s[1]), int(s[3]), tensor_dtype(value(c.node).dtype),
+        int(s[2]) if fixed else None, slides,
+    )  # fmt: skip
 
 
 def check_uses(graph: Graph, matches: list[Match | Declined], inner: set[Node]) -> list[Match | Declined]:

@@ -10,6 +10,8 @@ Per site, with k and v the new tokens:
     read back append or cat; anything        ->  t = read(K); append or cat to t, and all that follows, as it was;
                                                  append(K, k)
 
+Caches that evict are rewritten likewise, see `passes.evict`.
+
 A compressed cache that is no site's is passed as plain values: a copy, or if the graph writes to it, it is plain from
 then on.
 
@@ -31,6 +33,7 @@ from kvc_compile.handle import CacheHandle
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import checks
 from kvc_compile.lowering.bounds import bounds
+from kvc_compile.passes import evict
 from kvc_compile.passes.alias import Writers, leads_to
 from kvc_compile.passes.caches import (
     SIZES,
@@ -47,7 +50,7 @@ from kvc_compile.passes.caches import (
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.recognise import Match
 from kvc_compile.passes.windows import last_tokens
-from kvc_compile.plan import SLACK, Plan, SitePlan, Slide
+from kvc_compile.plan import SLACK, Keep, Plan, SitePlan, Slide
 
 SITE = "kvc_site"  # in the meta of a node that stands in an attention's place: the attention's index
 kvc = torch.ops.kvc  # defined by `lowering.ops`, which the handle imports
@@ -138,6 +141,7 @@ class _Rewrite:
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
         self.slides: dict[int, Slide] = {}  # by attention
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
+        self.prompts: dict[int, list[evict.Prompt]] = {}  # by group, see `plan.Keep`
 
     def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
         node = self.graph.call_function(op, args)
@@ -154,7 +158,11 @@ class _Rewrite:
     def site(self, m: Match, p: SitePlan) -> None:
         m = replace(m, key=self.placed(m.key), value=self.placed(m.value))
         self.slides[m.site.index] = Slide.of(p.key, p.value)
+        prompt = evict.is_prompt(m, p)
         if isinstance(m.key, Concat) and m.site.key.kind == "fresh":
+            if prompt:
+                self.prompt(m, p, m.attention.node)  # type: ignore[union-attr]
+                return
             for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
                 self.encode(c, layout, role, m)  # type: ignore[arg-type]
             return
@@ -163,8 +171,8 @@ class _Rewrite:
             for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
                 self.read_back(c, layout, role, m)
             return
-        k = self.arena(m.key, p.key, "keys", m)
-        v = self.arena(m.value, p.value, "values", m)
+        k = self.arena(m.key, p.key, "keys", m, p.keep if prompt else None)
+        v = self.arena(m.value, p.value, "values", m, p.keep if prompt else None)
         positions = m.key.positions if isinstance(m.key, Buffer) else None
         with self.graph.inserting_before(a.node):
             if m.alone:
@@ -181,15 +189,22 @@ class _Rewrite:
                 self.rest(m, p, new)
                 return
             layouts = p.key.key, p.value.key
-            args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, a.mask, positions, a.causal, a.scale, *layouts)
-            if a.mask is not None and value(a.q).is_cuda:
-                if a.mask not in self.bounds:
-                    self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
-                args += (self.bounds[a.mask],)
+            mask, causal = a.mask, a.causal
             self.check(a.q, m.key)
+            if p.key.evicts and m.site.key.kind != "born":
+                mask, causal = evict.over_slots(self.graph, self.call, m, p, k, positions), False
+                if positions is not None:
+                    positions = self.call(kvc.slots.default, k, positions, p.key.key, like=a.node, fake=value(positions))
+            args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, mask, positions, causal, a.scale, *layouts)
+            if mask is not None and value(a.q).is_cuda:
+                if mask not in self.bounds:
+                    self.bounds[mask] = self.call(bounds, mask, like=a.node)
+                args += (self.bounds[mask],)
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
             rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
             new.kwargs = {name: x for name, x in rest.items() if x is not None}
+        if not prompt and isinstance(m.key, Buffer) and isinstance(m.value, Buffer):
+            m = replace(m, key=replace(m.key, positions=positions), value=replace(m.value, positions=positions))
         self.rest(m, p, new)
 
     def shown(self, c: Buffer | Concat) -> Any:
@@ -234,12 +249,21 @@ class _Rewrite:
         self.replace(a.node, new)
         new.meta[SITE] = m.site.index
         self.dead += [a.node]
+        prompt = evict.is_prompt(m, p)
         for c, layout in ((m.key, p.key), (m.value, p.value)):
             self.last_read[c.node] = new
             if not m.alone:
                 self.reads.setdefault(c.node, []).append(new)
-            self.appends[c.node] = (c, layout, m)
+            if not prompt:
+                self.appends[c.node] = (c, layout, m)
+        if prompt:
+            self.prompt(m, p, new)
         self.dead += [*a.inner, *m.paths]
+
+    def prompt(self, m: Match, p: SitePlan, at: Node) -> None:
+        """Remember a prompt of which some will go, behind `at`, which stands in its attention's place."""
+        assert p.keep is not None
+        self.prompts.setdefault(p.keep.group, []).append(evict.Prompt(m, p, at))
 
     def read_back(self, c: Buffer | Concat, layout: Layout, role: str, m: Match) -> None:
         """Put a temporary with the cache's content in its place, for all that read it."""
@@ -271,13 +295,16 @@ class _Rewrite:
         else:
             self.appends[c.node], self.last_read[c.node], self.reads[c.node] = (c, layout, m), c.node, reads
 
-    def arena(self, c: Buffer | Concat, layout: Layout, role: str, m: Match) -> Node:
+    def arena(self, c: Buffer | Concat, layout: Layout, role: str, m: Match, keep: Keep | None = None) -> Node:
         if c.node in self.arenas:
             return self.arenas[c.node]
         if isinstance(c, Buffer) and c.born:
             batch, _, tokens, _ = born_sizes(c.node)
             with self.graph.inserting_before(c.append):
-                arena = self.call(kvc.empty.default, c.x, batch, tokens, layout.key, like=c.node)
+                if keep is not None:
+                    arena = evict.born(self.graph, self.call, c, layout, keep)
+                else:
+                    arena = self.call(kvc.empty.default, c.x, batch, tokens, layout.key, like=c.node)
             for i, r in enumerate(self.returned[: self.results]):
                 if r is c.node or r is c.append:
                     self.returned[i] = arena
@@ -319,6 +346,11 @@ class _Rewrite:
                 copy_meta(room, c.node, n + SLACK)
         with self.graph.inserting_after(room if isinstance(room, Node) else anchor):
             arena = self.call(kvc.encode.default, content, room, layout.key, like=c.node)
+        self.encoded(c, arena, tokens, layout, role, m)
+
+    def encoded(self, c: Concat, arena: Node, tokens: Any, layout: Layout, role: str, m: Match) -> None:
+        """The outputs that are a cache which was plain until now."""
+        content = c.returned
         for i, r in enumerate(self.returned[: self.results]):
             if r is content:
                 self.returned[i] = arena
@@ -346,6 +378,8 @@ class _Rewrite:
 
     def finish(self) -> None:
         behind: dict[Node, Node] = {}  # a last read -> the append that was put there last: keys come before values
+        for group in self.prompts.values():
+            self.keep(group)
         for cache, (c, layout, m) in self.appends.items():
             arena = self.arenas[cache]
             role = "keys" if c is m.key else "values"
@@ -359,14 +393,7 @@ class _Rewrite:
                 else:
                     new = arena = self.call(kvc.extend.default, arena, c.x, layout.key, like=c.node)
             behind[last] = new
-            if isinstance(c, Buffer):
-                self.dead = [c.append, *self.dead, *c.views]
-                for n in (c.append, *c.views):
-                    n.meta["kvc_erase"] = bool(writes(n))
-            else:
-                self.grown(c, arena, layout, m, role)
-                sizes = [n for u in c.node.users if is_call(u, *SIZES) for n in read_sizes(u)]
-                self.dead += [*sizes, c.returned, c.node]
+            self.appended(c, arena, layout, m, role)
         self.out.args = (tuple(self.returned),)
         for n in [n for n in self.dead if n.meta.get("kvc_erase")]:
             n.replace_all_uses_with(n.args[0])  # type: ignore[arg-type]
@@ -381,6 +408,38 @@ class _Rewrite:
                 p.meta["example_value"] = plain_value(value(p))
                 p.meta.pop("tensor_dict", None)
                 p.meta.pop("grapharg", None)
+
+    def appended(self, c: Buffer | Concat, arena: Node, layout: Layout, m: Match, role: str) -> None:
+        """What was the append is dead, and the cache that it returned is the arena."""
+        if isinstance(c, Buffer):
+            self.dead = [c.append, *self.dead, *c.views]
+            for n in (c.append, *c.views):
+                n.meta["kvc_erase"] = bool(writes(n))
+        else:
+            self.grown(c, arena, layout, m, role)
+            sizes = [n for u in c.node.users if is_call(u, *SIZES) for n in read_sizes(u)]
+            self.dead += [*sizes, c.returned, c.node]
+
+    def keep(self, group: list[evict.Prompt]) -> None:
+        """Put what some layers keep of their prompts behind the last of their attentions."""
+        order = {n: i for i, n in enumerate(self.graph.nodes)}
+        last = max((x.at for x in group), key=order.__getitem__)
+        stored: dict[str, list[Node]] = {"keys": [], "values": []}
+        reads: list[Node] = []
+        with self.graph.inserting_before(last.next):
+            for x in group:
+                for c, layout, role in x.tensors:
+                    found = evict.arena(self.graph, self.call, c, layout, x.keep, self.arenas.get(c.node), last)
+                    stored[role].append(found)
+                    reads += self.reads.get(c.node, [])
+            evict.keep(self.call, group, stored["keys"], stored["values"], list(dict.fromkeys(reads)), last)
+            sizes = [evict.tokens_of(self.graph, evict.new_tokens(x.match.key), last) for x in group]
+        for i, x in enumerate(group):
+            for c, layout, role in x.tensors:
+                if isinstance(c, Concat) and kind(c) == "fresh":
+                    self.encoded(c, stored[role][i], sizes[i], layout, role, x.match)
+                else:
+                    self.appended(c, stored[role][i], layout, x.match, role)
 
     def slid(self, i: int, c: Concat, arena: Node, past: int, layout: Layout, m: Match, role: str) -> None:
         """Output i is a sliding window: the last tokens of an arena that holds some more."""

@@ -15,10 +15,10 @@ PACKAGE = "kvc_compile"
 # What each part may import of ours, besides itself. A part is a module of the package or one of its folders.
 PURE = {"layout", "policy", "sites", "table"}
 MAY = {
-    "spec": set(),
+    "policy": set(),
+    "spec": {"policy"},
     "table": set(),
     "layout": set(),
-    "policy": set(),
     "sites": set(),
     "files": set(),
     "config": set(),
@@ -26,7 +26,7 @@ MAY = {
     "request": {"spec"},
     "plan": {"spec", *PURE},
     "kernels": {"layout", "policy"},
-    "lowering": {"layout", "timings", "kernels"},
+    "lowering": {"layout", "policy", "timings", "kernels"},
     "handle": {"layout", "lowering"},
     "passes": {"plan", "handle", "lowering", *PURE},
     "rendered": {"plan", "kernels", "lowering", "passes", *PURE},

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvc_compile.kernels.reference import HIDDEN
 from kvc_compile.policy import AttentionScore
 
 from .probes import Rows
@@ -33,21 +34,25 @@ class Columns:
 @dataclass(frozen=True)
 class Attention:
     """The attention that runs anyway. q: [B, Hq, Q, D], queries of the newest Q slots; k: [B, H, T, D]; lse: [B, Hq,
-    Q], natural logarithm, sinks and masks included; visible: bool [B, T].
+    Q], natural logarithm, sinks and masks included, None: it is computed here; visible: bool [B, T].
 
-    mask: bool, broadcast to [B, Hq, Q, T], which further slots a query sees; window: slots a query sees, itself
-    included; cap: scores are cap tanh(s / cap); causal: False if slots are in no order and a query sees all (decoding).
+    mask: bool, broadcast to [B, Hq, Q, T], which further slots a query sees, or floats that are added to the scores
+    (HIDDEN or less: not seen); window: slots a query sees, itself included; cap: scores are cap tanh(s / cap); causal:
+    False if slots are in no order and a query sees all (decoding); sinks: [Hq], scores that take their share of the
+    softmax, where lse is None; whole: a probe may not ask for queries that are not at hand (see `probes.rows`).
     """
 
     q: Tensor
     k: Tensor
-    lse: Tensor
+    lse: Tensor | None
     visible: Tensor
     scale: float
     mask: Tensor | None = None
     window: int | None = None
     cap: float | None = None
     causal: bool = True
+    sinks: Tensor | None = None
+    whole: bool = True
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -82,7 +87,6 @@ def columns(
         slot, votes = rows.slot[:, start : start + block], rows.votes[:, start : start + block]
         row = (slot - first)[:, None, :, None]
         q = a.q.gather(2, row.expand(-1, a.q.shape[1], -1, a.q.shape[3])).to(acc).unflatten(1, (heads, groups))
-        lse = a.lse.gather(2, row[..., 0].expand(-1, a.lse.shape[1], -1)).to(acc).unflatten(1, (heads, groups))
         s = torch.einsum("bhgpd,bhtd->bhgpt", q, k) * a.scale
         if a.cap:
             s = a.cap * torch.tanh(s / a.cap)
@@ -95,7 +99,16 @@ def columns(
         if a.mask is not None:
             full = a.mask.expand(batch, -1, a.q.shape[2], tokens)
             full = full.gather(2, row.expand(-1, full.shape[1], -1, tokens))
-            sees = sees & (full.unsqueeze(1) if full.shape[1] == 1 else full.unflatten(1, (heads, groups)))
+            full = full.unsqueeze(1) if full.shape[1] == 1 else full.unflatten(1, (heads, groups))
+            if full.dtype != torch.bool:
+                s, full = s + full.to(acc), full > HIDDEN
+            sees = sees & full
+        if a.lse is not None:
+            lse = a.lse.gather(2, row[..., 0].expand(-1, a.lse.shape[1], -1)).to(acc).unflatten(1, (heads, groups))
+        elif spec.tau is None:
+            lse = torch.where(sees, s, -torch.inf).logsumexp(-1)
+            if a.sinks is not None:
+                lse = torch.logaddexp(lse, a.sinks.to(acc).view(1, heads, groups, 1))
         if spec.tau is None:
             p = torch.where(sees, torch.exp(s - lse.unsqueeze(-1)), 0.0)
         else:

@@ -18,9 +18,12 @@ class Rows:
     votes: Tensor
 
 
-def rows(probe: tuple[Probe, ...], visible: Tensor, queries: int, random: Tensor | None = None) -> Rows:
+def rows(
+    probe: tuple[Probe, ...], visible: Tensor, queries: int, random: Tensor | None = None, *, whole: bool = True
+) -> Rows:
     """The union of the probes. visible: bool [B, T]; queries: how many of the newest slots have a query at hand;
-    random: [B, T], uniform numbers that decide which queries `rand` takes: of those that no other probe takes.
+    random: [B, T], uniform numbers that decide which queries `rand` takes: of those that no other probe takes; whole:
+    all queries that a probe asks for must be at hand, or else those that are vote.
 
     Hidden queries never vote. A share of a short prompt is at least one query. Raises ValueError where a probe needs
     queries, or numbers, that are not there.
@@ -43,10 +46,12 @@ def rows(probe: tuple[Probe, ...], visible: Tensor, queries: int, random: Tensor
             needed = tokens
         else:
             needed = {"all": tokens, "step": 1}.get(p.kind) or min(tokens, int(_most(p, tokens)))
+            needed = needed if whole else min(needed, queries)
             order = steps[tokens - needed :].expand(visible.shape[0], needed)
             within = rank >= (length - (_amount(p, length) if p.kind == "last" else needed)).unsqueeze(-1)
+            within = within & (steps >= tokens - needed)
             votes = (visible & within & ~taken)[:, tokens - needed :]
-            taken = taken | (visible & within & (steps >= tokens - needed))
+            taken = taken | (visible & within)
         if needed > queries:
             raise ValueError(f"probe {p.kind} needs {needed} queries, {queries} are at hand")
         found.append((order, votes))

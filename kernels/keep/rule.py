@@ -38,15 +38,19 @@ def apply(
     allowed: Tensor | None = None,
     table: Tensor | None = None,
     prompt: Tensor | None = None,
+    place: tuple[int, int] | None = None,
+    holes: Sequence[Tensor] | None = None,
 ) -> list[Outcome]:
     """What each layer keeps; layers that share a budget are given together. The layers show the same tokens.
 
     values: [B, H, T, Dv] of each layer; allowed: bool [B, T], for a score with a condition; table: [L, H], for an alloc
-    with one; prompt: int64 [B], visible tokens of the prompt, for rules about it. Raises ValueError for what is
-    missing.
+    with one; prompt: int64 [B], visible tokens of the prompt, for rules about it; place: (n, L), the layers given are
+    those from layer n on of L, for an alloc that looks at no scores (None: they are all); holes: bool [B, H, T] of each
+    layer, slots that hold nothing in some heads. Raises ValueError for what is missing.
     """
     visible = layers[0].visible
     heads, tokens = layers[0].k.shape[1:3]
+    first, total = place or (0, len(layers))
     p = parts(visible, regions, scope(rule.of, visible, prompt))
     scores: list[Tensor] = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
@@ -54,18 +58,24 @@ def apply(
             scores.append(scores[leader(i, rule.reuse)])
             continue
         before = scores[i - 1] if i else None
-        scores.append(score(rule.score, p, a.k, v, observe(rule.score, a, chance), allowed=allowed, before=before))
-    number = counts(rule.budget, rule.alloc, p, len(layers), heads, torch.stack(scores), table)
-    most = capacity(rule, regions, tokens, len(layers), heads) if rule.of is None else tokens
-    found = []
+        found = score(rule.score, p, a.k, v, observe(rule.score, a, chance), allowed=allowed, before=before)
+        scores.append(found if holes is None else found.masked_fill(holes[i], -torch.inf))
+    if rule.budget.mass is not None or place is None or total == len(layers):
+        number = counts(rule.budget, rule.alloc, p, len(layers), heads, torch.stack(scores), table)
+    elif rule.alloc.kind == "waterfill":  # of heads: each layer by itself
+        number = torch.cat([counts(rule.budget, rule.alloc, p, 1, heads, s.unsqueeze(0)) for s in scores])
+    else:
+        number = counts(rule.budget, rule.alloc, p, total, heads, None, table)[first : first + len(layers)]
+    most = capacity(rule, regions, tokens, total, heads) if rule.of is None else tokens
+    outcomes = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
         mask = kept(rule, p, scores[i], number[leader(i, rule.reuse)])
         stays = compact(mask, most)
-        found.append(
+        outcomes.append(
             Outcome(
                 stays,
                 None if rule.merge is None else merge(rule.merge, p, a.k, v, stays, scores=scores[i]),
                 others(mask, visible) if rule.demote else None,
             )
         )
-    return found
+    return outcomes

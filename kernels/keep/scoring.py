@@ -40,7 +40,7 @@ def observe(spec: Score, a: Attention, chance: Chance = NO_CHANCE) -> tuple[Colu
     Raises ValueError where a probe needs queries, or random numbers, that are not there.
     """
     queries = a.q.shape[2]
-    found = (rows(s.probe, a.visible, queries, chance.probe) for s in spec.attention)
+    found = (rows(s.probe, a.visible, queries, chance.probe, whole=a.whole) for s in spec.attention)
     return tuple(
         columns(s, a, r, noise=chance.noise, progress=chance.progress)
         for s, r in zip(spec.attention, found, strict=True)

@@ -5,6 +5,7 @@ semantics yet raises `Unbuilt`.
 """
 
 from .amount import Amount, Unbuilt
+from .policy import Policy, key_of, unbuilt
 from .query import Index, Query, query_of
 from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
@@ -18,14 +19,17 @@ __all__ = [
     "GraphDecay",
     "Index",
     "Merge",
+    "Policy",
     "Probe",
     "Query",
     "Regions",
     "Rule",
     "Score",
     "Unbuilt",
+    "key_of",
     "query_of",
     "regions_of",
     "rules_of",
     "score_of",
+    "unbuilt",
 ]

@@ -50,6 +50,11 @@ class Amount:
         floor = top // bottom
         return max(0, floor) if isinstance(floor, int) else floor.clamp(min=0)
 
+    def most(self, n: Any) -> Any:
+        """`of` a number of tokens that may be a symbol; of an amount that is `monotone`, so never below 0."""
+        top, bottom = ratio(self.tree, {"n": n, "t": n})
+        return top // bottom
+
     def real(self, n: Any) -> Any:
         """The value itself, a float or a floating-point tensor; `t` is another name of `n` here."""
         top, bottom = ratio(self.tree, {"n": n, "t": n})

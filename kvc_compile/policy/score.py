@@ -60,6 +60,13 @@ class Score:
     mask: str | None = None
     decay: GraphDecay | None = None
 
+    def votes(self, tokens: int) -> int:
+        """How many of the newest of `tokens` queries can vote at most."""
+        probes = [p for s in self.attention for p in s.probe]
+        if any(p.kind not in ("last", "step") for p in probes):
+            return tokens
+        return max([1, *(min(tokens, p.amount.of(tokens)) for p in probes if p.amount is not None)])
+
     @property
     def fifo(self) -> bool:
         return not self.attention and self.kv is None

@@ -452,6 +452,21 @@ class Planned:
         return self.type.words()
 
 
+@dataclass(frozen=True)
+class Apart(Planned):
+    """A value of which a law says what is not implemented yet: it depends on the whole of it."""
+
+    def check(self, node: Node, path: Path, ctx: Context) -> Any:
+        ctx.planned += 1
+        try:
+            return self.type.check(node, path, ctx)
+        finally:
+            ctx.planned -= 1
+
+    def text(self) -> str:
+        return self.type.text()
+
+
 class Container:
     def words(self) -> tuple[str, ...]:
         return ()

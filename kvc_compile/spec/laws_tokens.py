@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from kvc_compile.policy import unbuilt
+
 from .errors import Path, nearest
 from .expand import Data
 from .grammar import Context
@@ -29,6 +31,10 @@ def check(f: Data, path: Path, ctx: Context) -> None:
         _budget(rule, where, ctx)
         _merge(rule, where, ctx)
     _disjoint(rules, path, ctx)
+    if what := unbuilt(f):
+        ctx.later((*path, "keep"), what)
+    if "keep" not in f and isinstance(f.get("tokens", {}).get("recent"), str):
+        ctx.later((*path, "tokens", "recent"), f["tokens"]["recent"])
     if f.get("select", "off") != "off":
         _select(f["select"], (*path, "select"), ctx)
 

@@ -21,6 +21,7 @@ from .grammar import (
     Num,
     OneOf,
     Pattern,
+    Apart,
     Planned,
     Ratio,
     Ref,
@@ -388,7 +389,8 @@ PARTS["rule"] = Map(
         "else": Key(ELSE, "what becomes of the others (default drop)"),
     }
 )
-PARTS["keep"] = OneOf(Enum("off"), Planned(part("rule")), Planned(List(part("rule"), hi=8)))
+# what of a rule does not run yet is found by `laws_tokens`, from its meaning
+PARTS["keep"] = OneOf(Enum("off"), Apart(part("rule")), Apart(List(part("rule"), hi=8)))
 
 INDEX_KEYS: dict[str, Key] = {
     "codec": Key(part("codec"), "of the sketch"),
@@ -499,7 +501,7 @@ TOKENS_MAP = Map(
             OneOf(
                 Int(0, 1 << 16),
                 Map({s: Key(Int(0, 1 << 16), f"of {n}", True, True) for s, n in (("k", "keys"), ("v", "values"))}),
-                Planned(PERCENT),
+                Apart(PERCENT),
                 Planned(Enum("generated")),
             ),
             "at most this many newest tokens stay in the model's dtype (default: `flush` if above 1, else 0)" + BOTH,
@@ -528,7 +530,7 @@ SHORT = {
         "short form: bits per number, 16 is lossless; {k, v}: apart for keys and values",
         True,
     ),
-    "budget": Key(OneOf(COUNT, PERCENT), "short form: tokens kept per head"),
+    "budget": Key(OneOf(COUNT, PERCENT), "short form: tokens kept per head", True),
     "rank": Key(OneOf(COUNT, PERCENT), "short form: channels kept per head"),
     "share": Key(SHARE, "short form: one cache for several layers or heads"),
 }

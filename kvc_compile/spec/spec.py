@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from kvc_compile.policy import key_of
+
 from . import laws, ranges, source
 from .errors import NotImplementedInSpec, Path, SpecError, nearest, show
 from .expand import expand, scoped
@@ -220,7 +222,7 @@ def _lines(root: Node) -> dict[Path, int | None]:
 
 def _layer(fragment: dict[str, Any]) -> LayerSpec:
     tensors = [tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v")]
-    return LayerSpec(*tensors)
+    return LayerSpec(*tensors, key_of(fragment))
 
 
 def _scopes(data: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

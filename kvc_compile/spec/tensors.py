@@ -47,8 +47,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """keep: which tokens stay, as `policy.key_of` names it; "" if all do."""
+
     k: TensorSpec = TensorSpec()
     v: TensorSpec = TensorSpec()
+    keep: str = ""
 
 
 def codec_of(data: dict[str, Any] | None) -> CodecSpec | None:
@@ -75,6 +78,8 @@ def tensor_of(fragment: dict[str, Any], side: str, path: Path, ctx: Context) -> 
     codec = None if isinstance(data, list) else codec_of(data)
     tokens = fragment.get("tokens", {})
     sink, recent, flush = (_number(tokens.get(key), side) for key in ("sink", "recent", "flush"))
+    if isinstance(recent, str) and recent != "generated" and "keep" in fragment:
+        recent = None  # a share of the length is about which tokens stay; those that wait for a block are counted
     if codec is None or isinstance(sink, str) or isinstance(recent, str) or isinstance(flush, str):
         return None
     if codec.kind == "raw":
