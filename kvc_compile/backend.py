@@ -49,7 +49,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
         for n, (p, x) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     ]
     tune(gm, request)
-    lowered = lower(gm, [settled(x) for x in inputs], request, births=rewritten.births)
+    lowered = lower(gm, [settled(x) for x in inputs], request, births=rewritten.births or rewritten.evicts)
     return Bound(lowered, rewritten, compiled.called, beside) if plan.entries or rewritten.dense else lowered
 
 
@@ -63,7 +63,7 @@ def settled(x: Any) -> Any:
 
 def lower(gm: GraphModule, inputs: list[Any], request: Request, births: bool):
     """Hand the rewritten graph to Inductor. A graph that gives birth to caches is not captured in a CUDA graph: its
-    outputs would live in the graph's memory pool, which the next replay overwrites."""
+    outputs would live in the graph's memory pool, which the next replay overwrites. Nor is one that evicts."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

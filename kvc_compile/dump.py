@@ -33,6 +33,7 @@ from kvc_compile.files import write
 from kvc_compile.layout import Layout
 from kvc_compile.page import Dumped, page, status
 from kvc_compile.plan import Plan, SitePlan, bytes_of
+from kvc_compile.policy import words_of
 from kvc_compile.rendered import Kernels, rendered
 from kvc_compile.report import words
 from kvc_compile.repro import repro
@@ -137,6 +138,8 @@ def plan_data(plan: Plan, request: Request) -> dict[str, Any]:
         "bytes": {"compressed": compressed, "dense": dense},
         "sites": [
             {"index": e.site.index, "layer": e.site.layer, "keys": tensor_data(e.key), "values": tensor_data(e.value)}
+            | ({"keep": json.loads(e.keep.policy), "group": e.keep.group} if e.keep else {})
+            | ({"stays": e.stays} if e.stays else {})
             for e in plan.planned
         ],
         "declined": [e.index for e in plan.declined],
@@ -157,8 +160,8 @@ def readme(graph: str, plan: Plan, request: Request, kernels: Kernels | None = N
         if isinstance(e, SitePlan):
             k, v = words(e.key), words(e.value)
             said = k if k == v else f"keys {k}; values {v}"
-            before = e.key.dense_bytes(TOKENS) + e.value.dense_bytes(TOKENS)
-            after = e.key.row_bytes(TOKENS) + e.value.row_bytes(TOKENS)
+            after, before = e.bytes(TOKENS)
+            said += f"; {words_of(e.keep.policy)}" if e.keep else ""
             rows.append(f"| {e.site.index} `{e.site.node}` | {e.site.layer} | {said} | {before} -> {after} |")
         else:
             rows.append(f"| {e.index} `{e.node}` | | **{status(e)}**: {e.reason} ({e.where}) | |")

@@ -217,4 +217,6 @@ class Layout:
         return encoded + round_up(over, self.flush) if over > 0 else encoded
 
 
-_KEY = re.compile(r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)(?:\.e(\d+))?")
+_KEY = re.compile(
+    r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)(?:\.e(\d+))?"
+)

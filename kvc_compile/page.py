@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 
 from kvc_compile.layout import Layout
 from kvc_compile.plan import Plan, SitePlan, bytes_of
+from kvc_compile.policy import words_of
 from kvc_compile.rendered import Kernels
 from kvc_compile.report import words as in_words
 from kvc_compile.request import Request
@@ -161,7 +162,8 @@ def why(e: Entry) -> str:
     """Why the cache is read back, or is not compressed; "" if neither."""
     if isinstance(e, Declined):
         return e.reason
-    return f"Read back in full each step: {e.site.note}" if e.site.note else ""
+    said = [f"Read back in full each step: {e.site.note}"] if e.site.note else []
+    return "; ".join([*said, *([f"all tokens stay: {e.stays}"] if e.stays else [])])
 
 
 def cells_of(e: Entry, tokens: int) -> tuple[str, ...]:
@@ -170,8 +172,9 @@ def cells_of(e: Entry, tokens: int) -> tuple[str, ...]:
         return status(e), "", "", "", where(e.where), prose(e.reason)
     k, v = in_words(e.key), in_words(e.value)
     stored = prose(k) if k == v else f"<p><b>keys</b> {prose(k)}</p><p><b>values</b> {prose(v)}</p>"
-    before = e.key.dense_bytes(tokens) + e.value.dense_bytes(tokens)
-    after = e.key.row_bytes(tokens) + e.value.row_bytes(tokens)
+    if e.keep:
+        stored += f"<p>{prose(words_of(e.keep.policy))}</p>"
+    after, before = e.bytes(tokens)
     size = f"{mib(before)} <span class='soft'>to</span> {mib(after)}"
     return status(e), text(e.site.pattern), stored, size, where(e.site.where), prose(why(e))
 

@@ -62,6 +62,10 @@ class SitePlan:
     keep: Keep | None = None
     stays: str = ""
 
+    def bytes(self, tokens: int) -> tuple[int, int]:
+        """(stored, dense) bytes of one sequence with a prompt of `tokens` tokens, keys and values."""
+        return bytes_of_pair(self.key, self.value, tokens, self.site.layer, self.keep)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -156,10 +160,13 @@ def keeps(sites: Sequence[Site], asked: Mapping[int, str], existing: Mapping[str
     return out
 
 
+def bytes_of_pair(k: Layout, v: Layout, tokens: int, layer: int, keep: Keep | None) -> tuple[int, int]:
+    """(stored, dense) bytes of one sequence, keys and values, with a prompt of `tokens` tokens."""
+    slots = Policy.parse(keep.policy).slots(tokens, layer, keep.layers) if keep else tokens
+    return k.row_bytes(slots) + v.row_bytes(slots), k.dense_bytes(tokens) + v.dense_bytes(tokens)
+
+
 def bytes_of(plan: Plan, tokens: int, batch: int = 1) -> tuple[int, int]:
     """(compressed, dense) bytes of all planned caches with room for `tokens` tokens."""
-    seen: dict[str, tuple[int, int]] = {}
-    for e in plan.planned:
-        for cache, layout in ((e.site.key, e.key), (e.site.value, e.value)):
-            seen[cache.buffer] = (batch * layout.row_bytes(tokens), batch * layout.dense_bytes(tokens))
-    return sum(c for c, _ in seen.values()), sum(d for _, d in seen.values())
+    seen = {e.site.key.buffer: e.bytes(tokens) for e in plan.planned}
+    return batch * sum(c for c, _ in seen.values()), batch * sum(d for _, d in seen.values())

@@ -24,7 +24,8 @@ from torch.fx import GraphModule, Node
 from kvc_compile import handle
 from kvc_compile.difference import Difference, Differences, worst
 from kvc_compile.layout import Layout
-from kvc_compile.plan import Plan, SitePlan
+from kvc_compile.plan import Keep, Plan, SitePlan, bytes_of_pair
+from kvc_compile.policy import words_of
 from kvc_compile.request import Request
 from kvc_compile.sites import Declined, Uncached
 from kvc_compile.table import layers_text, mib, ratio, table
@@ -94,11 +95,15 @@ _warned: set[str] = set()
 
 def warn_declined(plan: Plan, request: Request) -> None:
     """An error under `strict`, else one warning for each reason."""
-    if not plan.declined:
-        return
+    stays = [e for e in plan.planned if e.stays]
     lines = [f"attention {d.index} ({d.where}): {d.reason}" for d in plan.declined]
-    if request.strict:
+    if request.strict and (lines or stays):
+        lines += [f"attention {e.site.index} ({e.site.where}) keeps all of its tokens: {e.stays}" for e in stays]
         raise DeclinedError("not compressed, and strict is set:\n  " + "\n  ".join(lines))
+    for e in stays:
+        if e.stays not in _warned:
+            _warned.add(e.stays)
+            log.warning("kvc: the cache of an attention (%s) keeps all of its tokens: %s", e.site.where, e.stays)
     if len(_warned) > 1000:  # reasons name nodes, so there is no end to them
         _warned.clear()
     for d, line in zip(plan.declined, lines, strict=True):
@@ -153,6 +158,8 @@ class SiteReport:
     where: str
     seen: tuple[Seen, ...]
     note: str = ""  # why its cache is read back in full in each step, where it is
+    keep: Keep | None = None  # which tokens stay, where some do not
+    stays: str = ""  # why all tokens stay, where the spec asks for less
     difference: Difference | None = None  # of its output from the untouched graph's, under `verify`
 
     @property
@@ -165,7 +172,8 @@ class SiteReport:
         if not self.keys:
             return ""
         k, v = words(Layout.parse(self.keys)), words(Layout.parse(self.values))
-        return k if k == v else f"keys {k}; values {v}"
+        said = k if k == v else f"keys {k}; values {v}"
+        return said + (f"; {words_of(self.keep.policy)}" if self.keep else "")
 
 
 @dataclass(frozen=True)
@@ -212,16 +220,17 @@ class Report:
         return tuple(s for s in self.sites if s.status == "declined")
 
     def bytes(self, tokens: int = TOKENS, batch: int = 1) -> Bytes:
-        """Bytes of all compressed caches with room for `tokens` tokens of `batch` sequences. A cache of no fixed length
-        is allocated in steps and holds up to `plan.SLACK` tokens more."""
+        """Bytes of all compressed caches with room for `tokens` tokens of `batch` sequences; of a cache that evicts, for
+        what stays of a prompt of so many. A cache of no fixed length is allocated in steps and holds up to `plan.SLACK`
+        tokens more."""
         if tokens < 1 or batch < 1:
             raise ValueError(f"tokens and batch are 1 or more, got {tokens} and {batch}")
         by: dict[int, tuple[int, int]] = {}
         for s in self.sites:
-            for key in (s.keys, s.values):
-                if key and not s.shared:
-                    layout, (c, d) = Layout.parse(key), by.get(s.layer, (0, 0))
-                    by[s.layer] = c + batch * layout.row_bytes(tokens), d + batch * layout.dense_bytes(tokens)
+            if s.keys and not s.shared:
+                c, d = bytes_of_pair(Layout.parse(s.keys), Layout.parse(s.values), tokens, s.layer, s.keep)
+                before = by.get(s.layer, (0, 0))
+                by[s.layer] = before[0] + batch * c, before[1] + batch * d
         layers = tuple(LayerBytes(n, c, d) for n, (c, d) in sorted(by.items()))
         compressed, dense = (sum(getattr(x, name) for x in layers) for name in ("compressed", "dense"))
         uncounted = sum(s.status == "declined" and not s.keys for s in self.sites)
@@ -294,6 +303,8 @@ def _cells(s: SiteReport) -> tuple[str, str, str]:
     said = s.reason + (f"; where compressed: {s.layout}" if s.mixed else "") if s.reason else s.layout
     if s.note and s.keys:
         said += f"; read back in full each step: {s.note}"
+    if s.stays and s.keys:
+        said += f"; all tokens stay: {s.stays}"
     if s.status == "declined" and s.where:
         said += f" ({s.where})"
     return "mixed" if s.mixed else s.status, ", ".join(kinds), said + (", shared" if s.shared else "")
@@ -428,6 +439,8 @@ def _merge(entries: list[Entry]) -> SiteReport:
         where=(first.where if isinstance(first, Declined) else first.site.where),
         seen=tuple(Seen(*key, graphs=n) for key, n in seen.items()),
         note="; ".join(dict.fromkeys(e.site.note for e, _ in stored if e.site.note)),
+        keep=next((e.keep for e, _ in reversed(stored) if e.keep), None),
+        stays="; ".join(dict.fromkeys(e.stays for e, _ in stored if e.stays)),
         difference=worst(x.difference for x in entries if x.difference),
     )
 

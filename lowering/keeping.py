@@ -200,11 +200,8 @@ def start_at(data: Tensor, layout: Layout, start: int | None) -> None:
         return
     slot = start - evicted
     if slot > length:
-        raise ValueError(
-            f"tokens are appended at position {start} of a compressed cache that holds {length + evicted}"
-        )
-    kept = 0 if view.words is None else int((view.words[:, :, SHIFT, :length] != evicted).sum(-1).max())
-    if slot < kept:
+        raise ValueError(f"tokens are appended at position {start} of a compressed cache that holds {length + evicted}")
+    if (view.words is not None and bool((view.words[:, :, SHIFT, max(slot, 0) : length] != evicted).any())) or slot < 0:
         raise ValueError(
             f"tokens are appended at position {start} of a cache that has evicted tokens from there on: begin anew, at "
             "position 0"
@@ -227,9 +224,7 @@ def attention_of(t: Turn, c: Content, policy: Policy) -> Attention:
         q = q[:, :, -last:]
     mask = sees(t, c, q, older)
     causal = t.causal and t.mask is None and not older
-    return Attention(
-        q, c.k, None, visible, t.scale, mask, cap=t.cap or None, causal=causal, sinks=t.sinks, whole=False
-    )
+    return Attention(q, c.k, None, visible, t.scale, mask, cap=t.cap or None, causal=causal, sinks=t.sinks, whole=False)
 
 
 def sees(t: Turn, c: Content, q: Tensor, older: bool) -> Tensor | None:

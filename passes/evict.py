@@ -96,7 +96,9 @@ def over_slots(graph: Graph, call: Call, m: Match, p: SitePlan, k: Node, positio
     assert a is not None
     q, n = value(a.q), tokens_of(graph, m.key.x, a.node)
     with q.fake_mode:
-        fake = torch.empty((*q.shape[:3], 1), dtype=torch.bool if a.mask is None else value(a.mask).dtype, device=q.device)
+        fake = torch.empty(
+            (*q.shape[:3], 1), dtype=torch.bool if a.mask is None else value(a.mask).dtype, device=q.device
+        )
     args = k, a.mask, positions, n, m.site.query_heads, a.causal, p.key.key
     return call(kvc.sight.default, *args, like=a.node, fake=fake)
 

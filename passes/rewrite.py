@@ -102,6 +102,7 @@ class Rewritten:
     outputs: tuple[Output, ...]
     results: int  # outputs of the original graph
     dense: tuple[tuple[int, bool], ...] = ()  # handles passed as plain values, and whether they stay plain
+    evicts: bool = False  # it asks the device how many tokens are held
 
     @property
     def births(self) -> bool:
@@ -118,7 +119,7 @@ def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
     work.finish()
     graph.lint()
     gm.recompile()
-    return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results, tuple(work.dense))
+    return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results, tuple(work.dense), bool(work.prompts))
 
 
 class _Rewrite:
@@ -194,7 +195,9 @@ class _Rewrite:
             if p.key.evicts and m.site.key.kind != "born":
                 mask, causal = evict.over_slots(self.graph, self.call, m, p, k, positions), False
                 if positions is not None:
-                    positions = self.call(kvc.slots.default, k, positions, p.key.key, like=a.node, fake=value(positions))
+                    positions = self.call(
+                        kvc.slots.default, k, positions, p.key.key, like=a.node, fake=value(positions)
+                    )
             args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, mask, positions, causal, a.scale, *layouts)
             if mask is not None and value(a.q).is_cuda:
                 if mask not in self.bounds:

@@ -5,7 +5,7 @@ semantics yet raises `Unbuilt`.
 """
 
 from .amount import Amount, Unbuilt
-from .policy import Policy, key_of, unbuilt
+from .policy import Policy, key_of, unbuilt, words_of
 from .query import Index, Query, query_of
 from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
@@ -32,4 +32,5 @@ __all__ = [
     "rules_of",
     "score_of",
     "unbuilt",
+    "words_of",
 ]

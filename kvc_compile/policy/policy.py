@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,12 +31,48 @@ class Policy:
         (rule,) = rules_of(data["keep"])
         return Policy(regions_of(data.get("tokens", {})), rule)
 
+    def slots(self, tokens: int, layer: int = 0, layers: int = 1) -> int:
+        """How many of a prompt of `tokens` tokens a head of a layer keeps: what is planned, so where layers or heads
+        share a budget, the mean of them."""
+        r, sink, recent = self.rule, self.regions.sink.of(tokens), self.regions.recent.of(tokens)
+        if r.budget.tokens is None or r.budget.mass is not None:
+            return tokens
+        base = r.budget.tokens.of(tokens)
+        if r.alloc.kind == "pyramid" and base < tokens - sink - recent:
+            leader = layer // r.reuse * r.reuse
+            base = int(pyramid(base, layers, r.alloc.ratio)[leader])
+        return max(1, min(tokens, sink + recent + max(base, r.newest)))
+
     @property
     def joint(self) -> bool:
         """Whether all layers must be looked at together."""
         r = self.rule
         shared = r.alloc.kind in JOINT or (r.alloc.kind == "waterfill" and r.alloc.scope != "head")
         return shared or any(s.across for s in r.score.attention)
+
+
+def pyramid(base: int, layers: int, ratio: float) -> list[int]:
+    """The counts of layers that have `base` on average, the first `ratio` times the last, on a line between."""
+    if layers == 1:
+        return [base]
+    slope = (ratio - 1) / (layers - 1)
+    upto = [i * ratio - slope * i * (i - 1) / 2 for i in range(layers + 1)]  # of the first i layers
+    edges = [math.floor(base * layers * x / upto[-1] + 1e-6) for x in upto]
+    return [b - a for a, b in itertools.pairwise(edges)]
+
+
+def words_of(key: str) -> str:
+    """A policy for people: "the first 4, the newest 32 and 256 more tokens of each prompt stay"."""
+    data = json.loads(key)
+    tokens, keep = data.get("tokens", {}), data["keep"]
+    sink, recent, budget = tokens.get("sink", 0), tokens.get("recent", 0), keep.get("budget", "all")
+    if isinstance(recent, dict):
+        recent = max(recent.values())
+    if isinstance(budget, dict):
+        budget = f"{budget['mass']:.0%} of the attention, as tokens"
+    parts = [f"{end} {n}" for end, n in (("the first", sink), ("the newest", recent)) if n not in (0, "0%")]
+    parts += [f"{budget} more" if parts else f"{budget}"] if budget != 0 else []
+    return f"{', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} tokens of each prompt stay"
 
 
 def key_of(fragment: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .grammar import (
+    Apart,
     Bool,
     Call,
     Enum,
@@ -21,7 +22,6 @@ from .grammar import (
     Num,
     OneOf,
     Pattern,
-    Apart,
     Planned,
     Ratio,
     Ref,
