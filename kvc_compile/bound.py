@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, moved, track
+from kvc_compile.kernels.keep.retention import capacity
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
 from kvc_compile.plan import SLACK, Slide
+from kvc_compile.policy import Policy
 
 if TYPE_CHECKING:
     from kvc_compile.beside import Beside
@@ -156,12 +158,18 @@ def import_(tensor: Tensor, i: Input, start: int | None, owner: str) -> None:
 
 
 def fitted(arena: Tensor, layout: Layout, tokens: int, o: Output) -> tuple[Tensor, int]:
-    """(the arena with no more room than a cache of `tokens` tokens needs, how many of them were evicted). Only a graph
-    that makes an arena is asked for the number: a step evicts none."""
+    """(the arena of a cache of `tokens` tokens, with no more room than it needs, and how many of them were evicted, at
+    least). Only a graph that makes an arena is asked for the number."""
+    policy = Policy.parse(o.keep) if o.keep else None
+    most = capacity(policy.rule, policy.regions, tokens) if policy and policy.steps else None
     if o.arena < 0:
-        return arena, arena.kvc_evicted
+        slots = tokens - 1 - getattr(arena, "kvc_evicted", 0)  # before this step
+        gone = tokens - (slots + 1 if most is None else min(slots + 1, max(slots, most)))
+        arena.kvc_evicted = gone  # type: ignore[attr-defined]
+        return arena, gone
     gone = cpu.evicted(arena, layout)
-    size = layout.row_bytes(tokens - gone + (0 if o.static else SLACK))
+    room = tokens - gone if most is None else max(cpu.length(arena, layout), most)
+    size = layout.row_bytes(room + (0 if o.static else SLACK))
     if size < arena.shape[1]:
         arena = cpu.resize(arena, size, layout)
     arena.kvc_evicted = gone  # type: ignore[attr-defined]

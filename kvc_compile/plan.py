@@ -114,19 +114,21 @@ def make_plan(
             continue
         keep = kept[s.index]
         key, value = (
-            existing.get(cache.buffer) or evicting(layout_of(tensor, cache, device), keep, words)
-            for cache, tensor, words in ((s.key, asked[s.index].k, KEY_WORDS), (s.value, asked[s.index].v, 0))
+            existing.get(cache.buffer) or evicting(layout_of(tensor, cache, device), keep, keys)
+            for cache, tensor, keys in ((s.key, asked[s.index].k, True), (s.value, asked[s.index].v, False))
         )
         stays = keep if isinstance(keep, str) else ""
         entries.append(SitePlan(s, key, value, keep if isinstance(keep, Keep) else None, stays))
     return Plan(tuple(entries))
 
 
-KEY_WORDS = 1  # of a slot: which position it holds
-
-
-def evicting(layout: Layout, keep: Keep | str, words: int) -> Layout:
-    return replace(layout, evicts=True, words=words) if isinstance(keep, Keep) else layout
+def evicting(layout: Layout, keep: Keep | str, keys: bool) -> Layout:
+    """The layout of a cache that evicts. One whose slots are taken over one by one has no tokens that wait."""
+    if not isinstance(keep, Keep):
+        return layout
+    policy = Policy.parse(keep.policy)
+    layout = replace(layout, evicts=True, words=policy.words if keys else 0)
+    return replace(layout, recent=0, flush=1) if policy.steps else layout
 
 
 def keeps(sites: Sequence[Site], asked: Mapping[int, str], existing: Mapping[str, Layout]) -> dict[int, Keep | str]:

@@ -1,6 +1,7 @@
 """The operators of caches that evict (`policy.Policy`): what stays of a prompt, and steps over the slots that are left.
 
     kvc::keep     tokens of a prompt appended in place, and the cache reduced to what its policy keeps
+    kvc::step     one token appended in place, which may push out another
     kvc::slots    the slots that positions are
     kvc::sight    a mask over positions as one over slots
     kvc::widen    a copy of an arena with more room
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from kvc_compile.kernels import reference
+from kvc_compile.kernels.keep import steps
 from kvc_compile.kernels.keep.attention import Attention
 from kvc_compile.kernels.keep.rule import Outcome, apply
 from kvc_compile.kernels.keep.slots import SHIFT, first_slot, positions_of, seen
+from kvc_compile.kernels.keep.slots import positions as slot_positions
 from kvc_compile.kernels.keep.slots import sight as slot_sight
 from kvc_compile.kernels.reference import EVICTED, HIDDEN
 from kvc_compile.layout import Layout
@@ -127,6 +130,61 @@ def _(k_data, v_data, q, k_new, v_new, masks, sinks, at, causal, scales, caps, k
     return None
 
 
+@ops.operator(mutates=("k_data", "v_data"))
+def step(
+    k_data: Tensor,
+    v_data: Tensor,
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    at: Tensor | None,
+    scale: float,
+    cap: float,
+    k_layout: str,
+    v_layout: str,
+    layer: int,
+    layers: int,
+    policy: str,
+    after: Sequence[Tensor],
+) -> None:
+    """Append one token, k_new, v_new [B, H, 1, D], in the place of one that `policy` gives up for it, if it does; see
+    `keep` for the rest. It asks the device nothing."""
+    p, k_parsed, v_parsed = Policy.parse(policy), Layout.parse(k_layout), Layout.parse(v_layout)
+    k_view, v_view = reference.views(k_data, k_parsed), reference.views(v_data, v_parsed)
+    start = None if at is None else at[0]
+    if start is not None:  # a cache begins anew at position 0
+        for part in (k_view.header, v_view.header, k_view.words):
+            part.mul_((start != 0).to(part.dtype))
+    length, position = first_slot(k_view, start)
+    room = k_parsed.room_of(k_data.shape[1])
+    batch, heads = k_new.shape[:2]
+    mask = whole_mask(mask, 1)
+    place = torch.cat([slot_positions(k_view, start, 0), position.expand(batch, heads, 1)], -1)
+    sight = seen(place, mask, position + 1, 1, q.shape[1], False)
+    shown = (sight if sight.dtype == torch.bool else sight > HIDDEN).unflatten(1, (heads, -1)).any(2).squeeze(2)
+    k = torch.cat([ops.values(k_data, room, k_parsed), k_new], 2)
+    v = torch.cat([ops.values(v_data, room, v_parsed), v_new], 2)
+    total = torch.zeros(place.shape, dtype=torch.float32, device=q.device)
+    for s in p.rule.score.attention:
+        total = steps.received(q, k, sight, scale, cap, sinks, s.gqa)
+        if p.accumulates:
+            old = torch.nn.functional.pad(steps.totals(k_view), (0, 1))
+            total = torch.maximum(total, old) if s.reduce == "max" else total + old
+    slots_ = steps.Slots(place, shown, total)
+    going = steps.leaves(p, slots_, k, v, seen_by(mask, position + 1, batch, q.device), layer, layers)
+    slot, goes = steps.target(going, slots_, length)
+    steps.put(k_view, k_parsed, slot, k_new.squeeze(2))
+    steps.put(v_view, v_parsed, slot, v_new.squeeze(2))
+    steps.settle((k_view, v_view), slot, goes, slots_, position, (k_parsed.sink, v_parsed.sink))
+
+
+@ops.shapes(step)
+def _(k_data, v_data, q, k_new, v_new, mask, sinks, at, scale, cap, k_layout, v_layout, layer, layers, policy, after):
+    return None
+
+
 @dataclass(frozen=True)
 class Turn:
     """One layer's part in a prompt; see `keep`. start: the position of the first new token, None: the cache's end."""
@@ -167,7 +225,11 @@ def keep_turns(turns: Sequence[Turn], place: tuple[int, int], policy: Policy) ->
     else:
         layers = [attention_of(t, c, policy) for t, c in zip(turns, contents, strict=True)]
         values, holes = [c.v for c in contents], [c.place < 0 for c in contents]
-        outcomes = [*apply(policy.rule, policy.regions, layers, values, place=place, holes=holes)]
+        received = [before(t, c) for t, c in zip(turns, contents, strict=True)] if policy.accumulates else None
+        seen = seen_by(turns[0].mask, contents[0].end, layers[0].visible.shape[0], layers[0].k.device)
+        outcomes = [
+            *apply(policy.rule, policy.regions, layers, values, place=place, holes=holes, seen=seen, received=received)
+        ]
     for t, c, o in zip(turns, contents, outcomes, strict=True):
         settle(t, c, o)
 
@@ -185,6 +247,22 @@ def arrive(t: Turn) -> Content:
         k = torch.cat([ops.values(t.k_data, slot, t.k_layout), k], 2)
         v = torch.cat([ops.values(t.v_data, slot, t.v_layout), v], 2)
     return Content(k, v, place, slot, slot + evicted + m)
+
+
+def before(t: Turn, c: Content) -> Tensor:
+    """What each slot received before this prompt, fp32 [B, H, T]."""
+    found = steps.totals(reference.views(t.k_data, t.k_layout))[..., : c.slot]
+    return torch.nn.functional.pad(found, (0, c.k.shape[2] - c.slot))
+
+
+def seen_by(mask: Tensor | None, end: Tensor | int, batch: int, device: torch.device) -> Tensor:
+    """How many of the positions before `end` the newest query of each row sees, int64 [B]."""
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device) + end
+    newest = mask[:, :, -1]
+    shown = (newest if newest.dtype == torch.bool else newest > HIDDEN).any(1)
+    inside = torch.arange(mask.shape[-1], device=device) < end
+    return (shown & inside).sum(-1).expand(batch)
 
 
 def start_at(data: Tensor, layout: Layout, start: int | None) -> None:
@@ -242,6 +320,8 @@ def settle(t: Turn, c: Content, o: Outcome | None) -> None:
     if o is None or bool((o.kept.count == tokens).all()):
         ops.store(t.k_data, t.k_new, None, t.k_layout)
         ops.store(t.v_data, t.v_new, None, t.v_layout)
+        if o is not None and o.total is not None:
+            steps.totals(reference.views(t.k_data, t.k_layout))[..., :tokens] = o.total
         return
     slots = int(o.kept.count.max())
     index, holes = o.kept.index[..., :slots], o.kept.holes[..., :slots]
@@ -255,6 +335,9 @@ def settle(t: Turn, c: Content, o: Outcome | None) -> None:
         # a hole holds what the slot before it does: it must not widen the range of a block
         stays = stays.gather(2, filled.unsqueeze(-1).expand(*filled.shape, x.shape[-1]))
         refill(data, layout, stays.to(x.dtype), place, c.end)
+    if o.total is not None:
+        total = o.total.gather(-1, index.clamp(min=0)).masked_fill(holes, 0)
+        steps.totals(reference.views(t.k_data, t.k_layout))[..., :slots] = total
 
 
 def refill(data: Tensor, layout: Layout, x: Tensor, place: Tensor, end: int) -> None:

@@ -4,6 +4,7 @@
     ... of several, a prompt          ->  attention as it is, over slots where some are stored; keep(K, V, q, k, v, ...)
     cat(past, k) of several           ->  the same, with K' = widen(K)
     cat([], k) of several             ->  the same, with K = empty(...)
+    append of one, if another may go  ->  step(K, V, q, k, v, ...)
 
 `keep` stands behind the last attention of the layers that are looked at together: what they append is held in full
 precision until then.
@@ -50,14 +51,25 @@ class Prompt:
 
 
 def is_prompt(m: Match, p: SitePlan) -> bool:
-    """Whether some of what is appended here may go: it is several tokens."""
-    return p.keep is not None and m.attention is not None and shape(m.key.x)[2] != 1  # type: ignore[index]
+    """Whether some of what is appended here may go at once: it is several tokens, or the first one of a cache whose
+    scores accumulate."""
+    if p.keep is None or m.attention is None:
+        return False
+    first = kind(m.key) in ("born", "fresh") and Policy.parse(p.keep.policy).steps
+    return shape(m.key.x)[2] != 1 or first  # type: ignore[index]
+
+
+def is_step(m: Match, p: SitePlan) -> bool:
+    """Whether one token is appended here, for which another may go."""
+    return p.keep is not None and not is_prompt(m, p) and Policy.parse(p.keep.policy).steps
 
 
 def room(tokens: Any, most: Any, policy: str, layers: int, heads: int) -> Any:
     """Tokens that a new cache must have room for: what is kept of `tokens`, and those that follow up to `most` (None:
     a few)."""
     p = Policy.parse(policy)
+    if p.steps and most is not None:
+        return capacity(p.rule, p.regions, most, layers, heads)
     kept = capacity(p.rule, p.regions, tokens, layers, heads)
     return kept + (SLACK if most is None else torch.sym_max(most - tokens, 0))
 
@@ -119,6 +131,16 @@ def arena(graph: Graph, call: Call, c: Buffer | Concat, layout: Layout, keep: Ke
     size = call_room(graph, n, None, keep, layout.heads, at)
     batch = tokens_of(graph, c.x, at, 0)
     return call(kvc.empty.default, c.x, batch, size, layout.key, like=at)
+
+
+def step(call: Call, x: Prompt, k: Node, v: Node, reads: list[Node]) -> Node:
+    """`kvc::step` for one token of a layer."""
+    a, m, plan = x.match.attention, x.match, x.keep
+    assert a is not None
+    positions = m.key.positions if isinstance(m.key, Buffer) else None
+    layouts = x.plan.key.key, x.plan.value.key
+    args = k, v, a.q, m.key.x, m.value.x, a.mask, a.sinks, positions, a.scale, a.cap, *layouts
+    return call(kvc.step.default, *args, m.site.layer, plan.layers, plan.policy, reads, like=x.at)
 
 
 def keep(call: Call, group: list[Prompt], keys: list[Node], values: list[Node], reads: list[Node], like: Node) -> None:

@@ -92,6 +92,7 @@ class Output:
     appended: int | None = None  # of a sliding window: the tokens appended to the arena, or `~i`
     past: int | None = None  # of a sliding window: the input that they were appended to
     slide: Slide | None = None  # of a sliding window
+    keep: str = ""  # of a cache that evicts: its policy's key
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def rewrite(gm: GraphModule, matches: list[Match], plan: Plan) -> Rewritten:
     work.finish()
     graph.lint()
     gm.recompile()
-    return Rewritten(tuple(work.inputs), tuple(work.outputs), work.results, tuple(work.dense), bool(work.prompts))
+    policies = {e.site.layer: e.keep.policy for e in plan.planned if e.keep}
+    outputs = tuple(replace(o, keep=policies.get(o.layer, "")) for o in work.outputs)
+    return Rewritten(tuple(work.inputs), outputs, work.results, tuple(work.dense), bool(work.prompts))
 
 
 class _Rewrite:
@@ -143,6 +146,7 @@ class _Rewrite:
         self.slides: dict[int, Slide] = {}  # by attention
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
         self.prompts: dict[int, list[evict.Prompt]] = {}  # by group, see `plan.Keep`
+        self.steps: list[evict.Prompt] = []
 
     def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
         node = self.graph.call_function(op, args)
@@ -206,7 +210,7 @@ class _Rewrite:
             new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
             rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
             new.kwargs = {name: x for name, x in rest.items() if x is not None}
-        if not prompt and isinstance(m.key, Buffer) and isinstance(m.value, Buffer):
+        if not (prompt or evict.is_step(m, p)) and isinstance(m.key, Buffer) and isinstance(m.value, Buffer):
             m = replace(m, key=replace(m.key, positions=positions), value=replace(m.value, positions=positions))
         self.rest(m, p, new)
 
@@ -252,15 +256,17 @@ class _Rewrite:
         self.replace(a.node, new)
         new.meta[SITE] = m.site.index
         self.dead += [a.node]
-        prompt = evict.is_prompt(m, p)
+        prompt, step = evict.is_prompt(m, p), evict.is_step(m, p)
         for c, layout in ((m.key, p.key), (m.value, p.value)):
             self.last_read[c.node] = new
             if not m.alone:
                 self.reads.setdefault(c.node, []).append(new)
-            if not prompt:
+            if not (prompt or step):
                 self.appends[c.node] = (c, layout, m)
         if prompt:
             self.prompt(m, p, new)
+        if step:
+            self.steps.append(evict.Prompt(m, p, new))
         self.dead += [*a.inner, *m.paths]
 
     def prompt(self, m: Match, p: SitePlan, at: Node) -> None:
@@ -383,6 +389,12 @@ class _Rewrite:
         behind: dict[Node, Node] = {}  # a last read -> the append that was put there last: keys come before values
         for group in self.prompts.values():
             self.keep(group)
+        for x in self.steps:
+            k, v = (self.arenas[c.node] for c, _, _ in x.tensors)
+            with self.graph.inserting_after(x.at):
+                evict.step(self.call, x, k, v, [x.at])
+            for c, layout, role in x.tensors:
+                self.appended(c, self.arenas[c.node], layout, x.match, role)
         for cache, (c, layout, m) in self.appends.items():
             arena = self.arenas[cache]
             role = "keys" if c is m.key else "values"

@@ -67,3 +67,54 @@ def hiding(gone):
         return (s.softmax(-1) @ repeat_kv(v, groups)).transpose(1, 2), None
 
     return attention
+
+
+class HeavyHitters:
+    """An attention that keeps, in each head, the first `sink`, the newest recent(n) and, of the others, the budget(n)
+    tokens that received most (H2O), of the n that were seen; without `scores` the newest (a window). Written for one
+    query at a time after the prompt, with Python sets; rows are not padded."""
+
+    def __init__(self, sink, recent, budget, scores=True):
+        self.sink, self.recent, self.budget, self.scores = sink, recent, budget, scores
+        self.kept, self.total = {}, {}
+
+    def evict(self, key, n):
+        kept = sorted(self.kept[key])
+        body = [t for t in kept if t >= self.sink][: max(0, len(kept) - self.sink - self.recent(n))]
+        best = sorted(body, key=lambda t: (-(self.total[key][t] if self.scores else t), t))[: self.budget(n)]
+        self.kept[key] = (set(kept) - set(body)) | set(best)
+
+    def __call__(self, module, q, k, v, mask, *args, scaling=None, **kwargs):
+        batch, queries, n, _ = q.shape
+        heads, tokens = k.shape[1], k.shape[2]
+        tokens = (
+            tokens if mask is None else int((mask[0, 0, -1] > -1).sum() if mask.dtype == torch.bool else 0) or tokens
+        )
+        out = torch.zeros(*q.shape[:3], v.shape[-1])
+        for b in range(batch):
+            for h in range(heads):
+                key = module.layer_idx, b, h
+                if n > 1:
+                    self.kept[key], self.total[key], tokens = set(range(n)), dict.fromkeys(range(n), 0.0), n
+                else:
+                    self.kept[key].add(tokens - 1)
+                    self.total[key][tokens - 1] = 0.0
+                slots = sorted(self.kept[key])
+                for g in range(queries // heads):
+                    row = q[b, h * (queries // heads) + g]
+                    s = row @ k[b, h, slots].T * (scaling or q.shape[-1] ** -0.5)
+                    if n > 1:
+                        s = s.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+                    p = s.softmax(-1)
+                    out[b, h * (queries // heads) + g] = p @ v[b, h, slots]
+                    for t, x in zip(slots, (p.sum(0) / (queries // heads)).tolist(), strict=True):
+                        self.total[key][t] += x
+                self.evict(key, tokens)
+        return out.transpose(1, 2), None
+
+    def positions(self, layer):
+        rows = {}
+        for (i, b, h), kept in self.kept.items():
+            if i == layer:
+                rows.setdefault(b, {})[h] = sorted(kept)
+        return [[row[h] for h in sorted(row)] for _, row in sorted(rows.items())]

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from evicted import attending, held, hiding, seen
+from evicted import HeavyHitters, attending, held, hiding, seen
 
 import kvc_compile as kvc
 import kvc_compile.backend as backend
@@ -239,3 +239,42 @@ def test_what_stays_although_the_spec_asks_for_less(caplog):
             input_ids=ids, past_key_values=new_cache(model, "dynamic")
         )
     assert isinstance(getattr(e.value, "inner_exception", e.value), DeclinedError)
+
+
+STEPS = {
+    "h2o": ({"budget": "10%", "score": ALL}, {"recent": "10%", "sink": 2}, (2, lambda n: n // 10, lambda n: n // 10)),
+    "fifo": ({"budget": 3}, {"recent": 4, "sink": 2}, (2, lambda n: 4, lambda n: 3, False)),
+    "window": ({"budget": 0}, {"recent": 7}, (0, lambda n: 7, lambda n: 0, False)),
+}
+PER_TOKEN = {"kv": {"codec": {"int": 4, "block": [1, 16]}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("h2o", "dynamic"), ("h2o", "static"), ("fifo", "static"), ("window", "dynamic")]
+)
+def test_each_new_token_pushes_one_out(name, kind, plain):
+    """Head by head what a model holds that does it with sets, and its logits; the arena does not grow with it."""
+    rule, tokens, regions = STEPS[name]
+    spec = {"kvc": 1, "tokens": tokens, "keep": {"when": ["prefill_end", "append"], **rule}}
+    ids, forced = prompt(2, 31), prompt(2, 24, seed=3)
+    mask = torch.ones_like(ids)
+    oracle = HeavyHitters(*regions)
+    with attending(plain, "oracle", oracle):
+        right = steps(plain, new_cache(plain, "dynamic"), ids, mask, forced)
+    cache = new_cache(plain, kind, ROOM)
+    got = steps(
+        torch.compile(copy.deepcopy(plain), backend="kvc", options={"spec": spec, "strict": True}),
+        cache,
+        ids,
+        mask,
+        forced,
+    )
+    assert [held(layer) for layer in cache.layers] == [oracle.positions(i) for i in range(LAYERS)]
+    assert (got - right).abs().max() < 2e-5
+    layer = cache.layers[0]
+    assert cpu.length(layer.keys.arena, layer.keys.stored) == len(held(layer)[0][0])
+    four = new_cache(plain, kind, ROOM)
+    steps(torch.compile(copy.deepcopy(plain), backend="kvc", options=spec | PER_TOKEN), four, ids, mask, forced)
+    layer = four.layers[0]
+    assert held(layer) == oracle.positions(0) or name == "h2o"
+    assert layer.keys.stored.codec.bits == 4 and len(held(layer)[0][0]) == len(oracle.positions(0)[0][0])

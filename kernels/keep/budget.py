@@ -75,12 +75,12 @@ def counts(
         if scores is None:
             raise ValueError("a budget of attention mass needs the scores")
         found = _holding(scores, budget.mass)
-        cap = size if budget.tokens is None else budget.tokens.of(p.length)
+        cap = size if budget.tokens is None else budget.tokens.of(p.seen)
         found = torch.minimum(found, _rows(cap, size)[:, None])
     elif budget.tokens is None:
         found = size[None, :, None].expand(layers, -1, heads)
     else:
-        base = _rows(budget.tokens.of(p.length), size)
+        base = _rows(budget.tokens.of(p.seen), size)
         found = ALLOCS[how.kind](how, Share(base, layers, heads, scores, table))
         found = torch.where((base >= size)[:, None], size[:, None], found)
     return torch.minimum(found, size[:, None])

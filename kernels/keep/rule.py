@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvc_compile.policy import Regions, Rule
 
-from .attention import Attention
+from .attention import Attention, Columns, over_group
 from .budget import counts
 from .merging import Merged, merge
 from .retention import capacity, kept, leader, others
@@ -21,11 +21,12 @@ from .tokens import Kept, compact, parts, scope
 @dataclass(frozen=True)
 class Outcome:
     """Of one layer. kept: the slots that stay; merged: what they hold, if the rule merges; demoted: the other visible
-    slots, if it demotes."""
+    slots, if it demotes; total: fp32 [B, H, T], what each slot received, where that was asked for."""
 
     kept: Kept
     merged: Merged | None = None
     demoted: Kept | None = None
+    total: Tensor | None = None
 
 
 def apply(
@@ -40,25 +41,37 @@ def apply(
     prompt: Tensor | None = None,
     place: tuple[int, int] | None = None,
     holes: Sequence[Tensor] | None = None,
+    seen: Tensor | None = None,
+    received: Sequence[Tensor] | None = None,
 ) -> list[Outcome]:
     """What each layer keeps; layers that share a budget are given together. The layers show the same tokens.
 
     values: [B, H, T, Dv] of each layer; allowed: bool [B, T], for a score with a condition; table: [L, H], for an alloc
     with one; prompt: int64 [B], visible tokens of the prompt, for rules about it; place: (n, L), the layers given are
     those from layer n on of L, for an alloc that looks at no scores (None: they are all); holes: bool [B, H, T] of each
-    layer, slots that hold nothing in some heads. Raises ValueError for what is missing.
+    layer, slots that hold nothing in some heads; seen: int64 [B], see `tokens.parts`; received: fp32 [B, H, T] of each
+    layer, what slots received from queries before these, for a score that accumulates. Raises ValueError for what is
+    missing.
     """
     visible = layers[0].visible
     heads, tokens = layers[0].k.shape[1:3]
     first, total = place or (0, len(layers))
-    p = parts(visible, regions, scope(rule.of, visible, prompt))
+    p = parts(visible, regions, scope(rule.of, visible, prompt), seen)
     scores: list[Tensor] = []
+    totals: list[Tensor | None] = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
         if leader(i, rule.reuse) != i:
             scores.append(scores[leader(i, rule.reuse)])
+            totals.append(totals[leader(i, rule.reuse)])
             continue
         before = scores[i - 1] if i else None
-        found = score(rule.score, p, a.k, v, observe(rule.score, a, chance), allowed=allowed, before=before)
+        state = observe(rule.score, a, chance)
+        if received is not None:
+            (one,), (spec,) = state, rule.score.attention
+            new, old = over_group(one.total, spec.gqa), received[i]
+            state = (Columns((torch.maximum(new, old) if spec.reduce == "max" else new + old).unsqueeze(2), one.seen),)
+        totals.append(None if received is None else state[0].total.squeeze(2))
+        found = score(rule.score, p, a.k, v, state, allowed=allowed, before=before)
         scores.append(found if holes is None else found.masked_fill(holes[i], -torch.inf))
     if rule.budget.mass is not None or place is None or total == len(layers):
         number = counts(rule.budget, rule.alloc, p, len(layers), heads, torch.stack(scores), table)
@@ -76,6 +89,7 @@ def apply(
                 stays,
                 None if rule.merge is None else merge(rule.merge, p, a.k, v, stays, scores=scores[i]),
                 others(mask, visible) if rule.demote else None,
+                totals[i],
             )
         )
     return outcomes

@@ -19,7 +19,8 @@ BELOW = torch.finfo(torch.float32).min  # below every score, above the -inf of w
 @dataclass(frozen=True)
 class Parts:
     """The visible tokens of each row. rank: int64 [B, T], among the visible ones; length: int64 [B]; visible, sink,
-    recent, body: bool [B, T], the last three disjoint and together `visible`."""
+    recent, body: bool [B, T], the last three disjoint and together `visible`; seen: int64 [B], of how many tokens they
+    are what is left, and shares are meant."""
 
     visible: Tensor
     rank: Tensor
@@ -27,6 +28,7 @@ class Parts:
     sink: Tensor
     recent: Tensor
     body: Tensor
+    seen: Tensor
 
     @property
     def candidates(self) -> Tensor:
@@ -34,18 +36,20 @@ class Parts:
         return self.body.sum(-1)
 
 
-def parts(visible: Tensor, regions: Regions, scope: Tensor | None = None) -> Parts:
-    """The regions of each row. visible: bool [B, T]; scope: bool [B, T], tokens outside it are in no body, and recent.
+def parts(visible: Tensor, regions: Regions, scope: Tensor | None = None, seen: Tensor | None = None) -> Parts:
+    """The regions of each row. visible: bool [B, T]; scope: bool [B, T], tokens outside it are in no body, and recent;
+    seen: int64 [B], tokens of each row before any went, None: none did.
 
     A row no longer than both regions has no body: all of it stays.
     """
     rank, length = visible.long().cumsum(-1) - 1, visible.sum(-1)
-    first, last = regions.sink.of(length), regions.recent.of(length)
+    seen = length if seen is None else seen
+    first, last = regions.sink.of(seen), regions.recent.of(seen)
     sink = visible & (rank < _column(first))
     recent = visible & ~sink & (rank >= (length - last).unsqueeze(-1))
     if scope is not None:
         recent = recent | (visible & ~sink & ~scope)
-    return Parts(visible, rank, length, sink, recent, visible & ~sink & ~recent)
+    return Parts(visible, rank, length, sink, recent, visible & ~sink & ~recent, seen)
 
 
 def scope(of: tuple[str, int] | None, visible: Tensor, prompt: Tensor | None = None) -> Tensor | None:

@@ -18,7 +18,8 @@ JOINT = ("mass", "softmax")  # allocs that look at the scores of all layers
 
 @dataclass(frozen=True)
 class Policy:
-    """Which tokens stay. rule: what runs at the end of each prompt; regions: what no rule touches."""
+    """Which tokens stay. rule: what runs at the end of each prompt, and at each step if `steps`; regions: what no rule
+    touches."""
 
     regions: Regions
     rule: Rule
@@ -42,6 +43,21 @@ class Policy:
             leader = layer // r.reuse * r.reuse
             base = int(pyramid(base, layers, r.alloc.ratio)[leader])
         return max(1, min(tokens, sink + recent + max(base, r.newest)))
+
+    @property
+    def steps(self) -> bool:
+        """Whether tokens go while decoding, too."""
+        return "append" in self.rule.when
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the score of a token is of all queries that saw it, so that it has to be carried along."""
+        return self.steps and any(p.kind == "all" for s in self.rule.score.attention for p in s.probe)
+
+    @property
+    def words(self) -> int:
+        """Numbers kept beside each slot: its position, and what it received."""
+        return 2 if self.accumulates else 1
 
     @property
     def joint(self) -> bool:
@@ -94,8 +110,10 @@ def unbuilt(fragment: Mapping[str, Any]) -> str:
     if len(rules) > 1:
         return "several rules"
     (r,) = rules
-    if r.when != ("prefill_end",):
-        return "when: " + ", ".join(w for w in r.when if w != "prefill_end")
+    if not set(r.when) <= {"prefill_end", "append"}:
+        return "when: " + ", ".join(w for w in r.when if w not in ("prefill_end", "append"))
+    if "append" in r.when and (what := unbuilt_step(r, fragment)):
+        return f"when: append, with {what}"
     if r.of is not None:
         return f"of: {r.of[0]}"
     if r.demote:
@@ -109,3 +127,22 @@ def unbuilt(fragment: Mapping[str, Any]) -> str:
     if any(s.tau is not None or any(p.kind == "rand" for p in s.probe) for s in r.score.attention):
         return "score: what is random"
     return "attend" if "attend" in fragment else ""
+
+
+def unbuilt_step(r: Rule, fragment: Mapping[str, Any]) -> str:
+    """What of a rule that runs at each step does not run yet."""
+    if r.merge is not None or r.demote:
+        return "merge or demote"
+    if r.alloc.kind not in ("uniform", "pyramid") or r.budget.mass is not None:
+        return "a budget that is shared by score"
+    if r.chunk > 1 or r.diverse is not None or r.newest or r.reuse > 1:
+        return "unit, diverse, protect or reuse"
+    if len(r.score.attention) > 1:
+        return "several scores"
+    for s in r.score.attention:
+        if [p.kind for p in s.probe] not in (["all"], ["step"]) or s.reduce not in ("sum", "max"):
+            return "a score of other than all queries or the last one, summed or their maximum"
+        if s.heads or s.across or (s.reduce == "sum" and s.gqa == "max" and s.probe[0].kind == "all"):
+            return "a score over heads or layers, or the maximum of sums over a group"
+    codecs = [fragment.get(side, {}).get("codec", {}) for side in ("k", "v")]
+    return "blocks over tokens" if any(c.get("block", [1])[0] != 1 for c in codecs if isinstance(c, dict)) else ""
