@@ -5,6 +5,7 @@ semantics yet raises `Unbuilt`.
 """
 
 from .amount import Amount, Unbuilt
+from .heads import HeadGroup, groups_of
 from .query import Index, Query, query_of
 from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
@@ -16,6 +17,7 @@ __all__ = [
     "Budget",
     "Diverse",
     "GraphDecay",
+    "HeadGroup",
     "Index",
     "Merge",
     "Probe",
@@ -24,6 +26,7 @@ __all__ = [
     "Rule",
     "Score",
     "Unbuilt",
+    "groups_of",
     "query_of",
     "regions_of",
     "rules_of",

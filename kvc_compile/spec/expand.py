@@ -8,6 +8,7 @@ from typing import Any
 from . import schema
 from .errors import Path
 from .grammar import Context
+from .heads import RESERVED
 
 Data = dict[str, Any]
 _KINDS = frozenset(("int", "fp", "levels", "lut", "vq"))
@@ -36,7 +37,7 @@ def _spec(spec: Data, path: Path, ctx: Context) -> Data:
     out = _fragment(spec, path, ctx, base=True)
     for scope in ("layers", "heads"):
         for name, item in out.get(scope, {}).items():
-            if isinstance(item, dict):
+            if isinstance(item, dict) and name not in RESERVED:
                 out[scope][name] = _fragment(item, (*path, scope, name), ctx, base=False)
     if "draft" in out:
         draft = out["draft"]

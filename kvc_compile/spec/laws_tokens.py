@@ -33,6 +33,30 @@ def check(f: Data, path: Path, ctx: Context) -> None:
         _select(f["select"], (*path, "select"), ctx)
 
 
+def by_class(f: Data, path: Path, ctx: Context) -> None:
+    """Heads of a class lie elsewhere in each layer, so nothing can be shared with the heads of another."""
+    for side in ("k", "v", "kv"):
+        repr_ = f.get(side, {})
+        over = repr_.get("basis", {}).get("over", "head")
+        if over != "head" or "joint" in repr_.get("basis", {}):
+            found = over if over != "head" else "a joint latent"
+            ctx.fail((*path, side, "basis"), "this map mixes heads of several classes", str(found), "over: head")
+        if "ref" in repr_:
+            where = (*path, side, "ref")
+            ctx.fail(
+                where, "the other layer has other heads in this class", "a class of heads", "no `ref`, or no `heads`"
+            )
+    keep = f.get("keep", "off")
+    rules = [] if keep == "off" else keep if isinstance(keep, list) else [keep]
+    for i, rule in enumerate(rules):
+        if "reuse" in rule:
+            where = (*path, "keep", i, "reuse") if isinstance(keep, list) else (*path, "keep", "reuse")
+            ctx.fail(where, "the other layers have other heads in this class", rule["reuse"], "no `reuse`")
+    if isinstance(f.get("select"), dict) and "reuse" in f["select"]:
+        where = (*path, "select", "reuse")
+        ctx.fail(where, "the other layers have other heads in this class", f["select"]["reuse"], "no `reuse`")
+
+
 def _moments(rule: Data) -> list[Any]:
     when = rule.get("when", "prefill_end")
     return when if isinstance(when, list) else [when]
