@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvc_compile.policy import Regions, Rule
+from kvc_compile.policy import Fold, Regions, Rule
 
 from .attention import Attention
 from .budget import counts
+from .fold import FeatureMaps, State, empty, fold
 from .merging import Merged, merge
+from .mixing import Mixer
 from .retention import capacity, kept, leader, others
 from .scoring import NO_CHANCE, Chance, observe, score
 from .tokens import Kept, compact, parts, scope
@@ -21,11 +23,23 @@ from .tokens import Kept, compact, parts, scope
 @dataclass(frozen=True)
 class Outcome:
     """Of one layer. kept: the slots that stay; merged: what they hold, if the rule merges; demoted: the other visible
-    slots, if it demotes."""
+    slots, if it demotes; folded: the state with the others in it, if it folds."""
 
     kept: Kept
     merged: Merged | None = None
     demoted: Kept | None = None
+    folded: State | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rule needs of a layer's trained maps. scores: [B, H, T], of its heads, when tokens were appended; maps and
+    state: of a fold, the state None at first; mixer: of a learned merge."""
+
+    scores: Tensor | None = None
+    maps: FeatureMaps | None = None
+    state: State | None = None
+    mixer: Mixer | None = None
 
 
 def apply(
@@ -38,23 +52,36 @@ def apply(
     allowed: Tensor | None = None,
     table: Tensor | None = None,
     prompt: Tensor | None = None,
+    trained: Sequence[Trained] | None = None,
 ) -> list[Outcome]:
     """What each layer keeps; layers that share a budget are given together. The layers show the same tokens.
 
     values: [B, H, T, Dv] of each layer; allowed: bool [B, T], for a score with a condition; table: [L, H], for an alloc
-    with one; prompt: int64 [B], visible tokens of the prompt, for rules about it. Raises ValueError for what is
-    missing.
+    with one; prompt: int64 [B], visible tokens of the prompt, for rules about it; trained: of each layer, where the
+    rule reads trained maps. Raises ValueError for what is missing.
     """
     visible = layers[0].visible
     heads, tokens = layers[0].k.shape[1:3]
     p = parts(visible, regions, scope(rule.of, visible, prompt))
+    maps = trained or [Trained()] * len(layers)
     scores: list[Tensor] = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
         if leader(i, rule.reuse) != i:
             scores.append(scores[leader(i, rule.reuse)])
             continue
         before = scores[i - 1] if i else None
-        scores.append(score(rule.score, p, a.k, v, observe(rule.score, a, chance), allowed=allowed, before=before))
+        scores.append(
+            score(
+                rule.score,
+                p,
+                a.k,
+                v,
+                observe(rule.score, a, chance),
+                allowed=allowed,
+                before=before,
+                learned=maps[i].scores,
+            )
+        )
     number = counts(rule.budget, rule.alloc, p, len(layers), heads, torch.stack(scores), table)
     most = capacity(rule, regions, tokens, len(layers), heads) if rule.of is None else tokens
     found = []
@@ -64,8 +91,18 @@ def apply(
         found.append(
             Outcome(
                 stays,
-                None if rule.merge is None else merge(rule.merge, p, a.k, v, stays, scores=scores[i]),
+                None
+                if rule.merge is None
+                else merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=maps[i].mixer),
                 others(mask, visible) if rule.demote else None,
+                None if rule.fold is None else _folded(rule.fold, maps[i], a.k, v, visible.unsqueeze(1) & ~mask),
             )
         )
     return found
+
+
+def _folded(spec: Fold, trained: Trained, k: Tensor, v: Tensor, going: Tensor) -> State:
+    if trained.maps is None:
+        raise ValueError(f"folding needs the trained maps of {spec.file!r}")
+    state = empty(trained.maps, len(k), v) if trained.state is None else trained.state
+    return fold(trained.maps, state, k, v, going)

@@ -7,7 +7,7 @@ semantics yet raises `Unbuilt`.
 from .amount import Amount, Unbuilt
 from .heads import HeadGroup, groups_of
 from .query import Index, Query, query_of
-from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
+from .rule import Alloc, Budget, Diverse, Fold, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "AttentionScore",
     "Budget",
     "Diverse",
+    "Fold",
     "GraphDecay",
     "HeadGroup",
     "Index",

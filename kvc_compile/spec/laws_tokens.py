@@ -207,10 +207,16 @@ def _merge(rule: Data, path: Path, ctx: Context) -> None:
         ctx.fail((*where, "min_cos"), "one token takes all the others", "assign: single", "nearest, or no `min_cos`")
     if isinstance(least, str) and assign != "nearest":
         ctx.fail((*where, "min_cos"), "a running mean is of the nearest tokens", f"assign: {assign}", "nearest")
-    if "slots" in merge and not assign.startswith("learned"):
+    learned = assign.startswith("learned")
+    if "slots" in merge and not learned:
         ctx.fail(
             (*where, "slots"), "only with a learned assignment", f"assign: {assign}", "learned(FILE), or no `slots`"
         )
+    if learned and "slots" not in merge:
+        ctx.fail(where, "a trained mix has a fixed number of slots", "no `slots`", "slots: 64, as it was trained")
+    for key in ("min_cos", "weight"):
+        if learned and key in merge:
+            ctx.fail((*where, key), "the trained maps decide what becomes of a token", str(merge[key]), f"no `{key}`")
 
 
 def _disjoint(rules: list[Data], path: Path, ctx: Context) -> None:

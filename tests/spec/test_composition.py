@@ -86,6 +86,11 @@ ILLEGAL = {
         "keep.else.merge.min_cos",
     ),
     "slots of no map": (kept(**{"else": {"merge": {**MERGE, "slots": 4}}}), "keep.else.merge.slots"),
+    "a trained mix of no size": (kept(**{"else": {"merge": {"assign": "learned(m.safetensors)"}}}), "keep.else.merge"),
+    "a trained mix with a threshold": (
+        kept(**{"else": {"merge": {"assign": "learned(m.safetensors)", "slots": 4, "min_cos": 0.5}}}),
+        "keep.else.merge.min_cos",
+    ),
     "two rules about the same tokens": (
         {"keep": [{"of": "prompt", "budget": 9}, {"of": "prompt", "budget": 3}]},
         "keep[1].of",
