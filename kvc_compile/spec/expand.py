@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 from . import schema
-from .errors import Path
+from .errors import Path, show_path
 from .grammar import Context
 from .heads import RESERVED
+from .rules import replaces, rules_of
 
 Data = dict[str, Any]
 _KINDS = frozenset(("int", "fp", "levels", "lut", "vq"))
@@ -34,11 +35,16 @@ def expand(spec: Data, ctx: Context) -> Data:
 
 
 def _spec(spec: Data, path: Path, ctx: Context) -> Data:
-    out = _fragment(spec, path, ctx, base=True)
+    why = _single(spec)
+    out = _fragment(spec, path, ctx, why, base=True)
     for scope in ("layers", "heads"):
         for name, item in out.get(scope, {}).items():
             if isinstance(item, dict) and name not in RESERVED:
-                out[scope][name] = _fragment(item, (*path, scope, name), ctx, base=False)
+                inherited: Data = {key: spec[key] for key in ("keep", "tokens") if key in spec}
+                inner = _single({**inherited, **item})
+                if inner and not why and "bits" in spec and not {"bits", "k", "kv"} & item.keys():
+                    item = {**item, "bits": spec["bits"]}  # in other blocks than the base's
+                out[scope][name] = _fragment(item, (*path, scope, name), ctx, inner, base=False)
     if "draft" in out:
         draft = out["draft"]
         draft["spec"] = _spec(draft["spec"], (*path, "draft", "spec"), ctx)
@@ -47,13 +53,25 @@ def _spec(spec: Data, path: Path, ctx: Context) -> Data:
     return out
 
 
-def _fragment(fragment: Data, path: Path, ctx: Context, base: bool) -> Data:
+def _single(fragment: Data) -> str:
+    """Why keys that `bits` stores have a scale for each token, and not for blocks of them; "" if nothing says so."""
+    rules = rules_of(fragment.get("keep"))
+    recent = _sides(fragment.get("tokens", {}).get("recent", 0))["k"]
+    if any(map(replaces, rules)):
+        return "`keep` replaces single tokens at every step"
+    block = schema.SHORT_BLOCKS["k"][0]
+    if rules and isinstance(recent, int) and 0 < recent < block:
+        return f"the window of {recent} tokens is smaller than a block of {block}"
+    return ""
+
+
+def _fragment(fragment: Data, path: Path, ctx: Context, single: str, base: bool) -> Data:
     out = copy.deepcopy({key: value for key, value in fragment.items() if key not in schema.SHORT})
     if "kv" in out and "joint" not in out["kv"].get("basis", {}):
         both = out.pop("kv")
         for side in ("k", "v"):
             out[side] = copy.deepcopy(merge(both, out.get(side, {})))
-    _bits(fragment, out, path, ctx)
+    _bits(fragment, out, path, ctx, single)
     _rank_and_share(fragment, out, path, ctx)
     if "budget" in fragment:
         _put(out, "keep", _snapkv(fragment), "budget", path, ctx)
@@ -72,11 +90,17 @@ def _sides(value: Any) -> Data:
     return value if isinstance(value, dict) else {"k": value, "v": value}
 
 
-def _bits(fragment: Data, out: Data, path: Path, ctx: Context) -> None:
+def _bits(fragment: Data, out: Data, path: Path, ctx: Context, single: str) -> None:
     if "bits" not in fragment:
         return
     for side, bits in _sides(fragment["bits"]).items():
-        codec = {"fp": 16} if bits == 16 else {"int": bits, "block": list(schema.SHORT_BLOCKS[side])}
+        block = schema.SHORT_SINGLE if single and side == "k" else schema.SHORT_BLOCKS[side]
+        codec = {"fp": 16} if bits == 16 else {"int": bits, "block": list(block)}
+        if block is schema.SHORT_SINGLE and bits != 16:
+            where = show_path((*path, "k", "codec", "block"))
+            ctx.notes.append(
+                f"{where}: {block} and not {schema.SHORT_BLOCKS['k']}, as {single}. Keys lose more by it: see docs/spec.md"
+            )
         _put(out.setdefault(side, {}), "codec", codec, "bits", (*path, side), ctx)
 
 

@@ -82,6 +82,10 @@ one range at most, and a range that the model does not have is an error.
 **Short form.** `bits: b` stands for `{int: b}` with blocks %(k)s for keys and %(v)s for values and, if `tokens` is
 absent, `tokens: %(tokens)s`; 16 stands for the model's dtype. `budget`, `rank` and `share` stand for `keep`,
 `basis` and `ref`. `kvc check` shows the expansion. A key and its short form cannot both be given.
+Where `keep` replaces single tokens at every step, or keeps a window of fewer tokens than a block has, keys get blocks
+%(single)s instead, as no token leaves a block alone. These cost as many bits, and more quality: with 4 bits, the
+KL divergence of SmolLM2's attention is 0.032 instead of 0.007, and 0.86 instead of 0.20 with 2 bits. 8 bits for keys,
+`bits: {k: 8, v: 4}`, or `when: every(32)` with blocks of 32 tokens lose less.
 
 **Status.** What is not implemented yet is still checked, and then refused by name. In the tables, *checked* and a star
 after a value say so.
@@ -108,7 +112,7 @@ def docs() -> str:
     """The reference page."""
     tokens = json.dumps(schema.SHORT_TOKENS).replace('"', "")
     blocks = {side: str(block) for side, block in schema.SHORT_BLOCKS.items()}
-    limits = {"tokens": tokens, "depth": source.MAX_DEPTH, "nodes": source.MAX_NODES}
+    limits = {"single": schema.SHORT_SINGLE, "tokens": tokens, "depth": source.MAX_DEPTH, "nodes": source.MAX_NODES}
     out = [
         INTRO % {**blocks, **limits},
         "## Presets\n",

@@ -7,11 +7,11 @@ where their tokens must be the same, and positions where the stored ones no long
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 from .errors import Path, nearest
 from .expand import Data
 from .grammar import Context
+from .rules import moments, replaces, rules_of
 
 STATISTICS = ("attn_variance",)  # of a layer's scores, for `alloc: {softmax: ..}`
 
@@ -19,7 +19,7 @@ STATISTICS = ("attn_variance",)  # of a layer's scores, for `alloc: {softmax: ..
 def check(f: Data, path: Path, ctx: Context) -> None:
     """Refuses what cannot work in an expanded fragment."""
     keep = f.get("keep", "off")
-    rules = [] if keep == "off" else keep if isinstance(keep, list) else [keep]
+    rules = rules_of(keep)
     for i, rule in enumerate(rules):
         where = (*path, "keep", i) if isinstance(keep, list) else (*path, "keep")
         _shared_layers(rule, f, where, ctx)
@@ -47,19 +47,13 @@ def by_class(f: Data, path: Path, ctx: Context) -> None:
                 where, "the other layer has other heads in this class", "a class of heads", "no `ref`, or no `heads`"
             )
     keep = f.get("keep", "off")
-    rules = [] if keep == "off" else keep if isinstance(keep, list) else [keep]
-    for i, rule in enumerate(rules):
+    for i, rule in enumerate(rules_of(keep)):
         if "reuse" in rule:
             where = (*path, "keep", i, "reuse") if isinstance(keep, list) else (*path, "keep", "reuse")
             ctx.fail(where, "the other layers have other heads in this class", rule["reuse"], "no `reuse`")
     if isinstance(f.get("select"), dict) and "reuse" in f["select"]:
         where = (*path, "select", "reuse")
         ctx.fail(where, "the other layers have other heads in this class", f["select"]["reuse"], "no `reuse`")
-
-
-def _moments(rule: Data) -> list[Any]:
-    when = rule.get("when", "prefill_end")
-    return when if isinstance(when, list) else [when]
 
 
 def _shared_layers(rule: Data, f: Data, path: Path, ctx: Context) -> None:
@@ -113,9 +107,8 @@ def _number(call: str) -> int:
 def _in_blocks(rule: Data, f: Data, path: Path, ctx: Context) -> None:
     """A single slot inside a block over tokens cannot be overwritten, nor merged into while others stay encoded."""
     merges = "merge" in rule.get("else", "drop")
-    fifo = rule.get("score") == "fifo" and not merges
-    if "append" not in _moments(rule) or fifo or rule.get("budget") == 0:
-        return  # the oldest leave a block one after the other, and where the body is empty there is none
+    if not replaces(rule):
+        return
     for side in ("k", "v", "kv"):
         codec = f.get(side, {}).get("codec", {})
         for one in codec if isinstance(codec, list) else [codec]:
@@ -137,7 +130,7 @@ def _demoted(rule: Data, path: Path, ctx: Context) -> None:
     codec = demote.get("codec", {})
     for one in codec if isinstance(codec, list) else [codec]:
         tokens = one.get("block", [1, "all"])[0]
-        if tokens != 1 and "append" in _moments(rule):
+        if tokens != 1 and "append" in moments(rule):
             ctx.fail(
                 (*path, "else", "demote", "codec", "block"),
                 f"tokens are demoted one at a time, and a block spans {tokens} of them",

@@ -34,6 +34,7 @@ BITS = (1, 2, 3, 4, 8)  # of an int codec
 BLOCK_TOKENS = (1, 16, 32, 64, 128)  # tokens that can share one scale: the packing of 16-token tiles
 SHORT_BITS = (*BITS, 16)
 SHORT_BLOCKS = {"k": [32, 1], "v": [1, 64]}  # what `bits:` expands to: keys by channel, values by token (KIVI)
+SHORT_SINGLE = [1, 32]  # of keys instead, where single tokens are replaced: as many bytes, but outliers share a scale
 SHORT_TOKENS = {"sink": 4, "recent": {"k": 64, "v": 32}}  # what `bits:` adds where `tokens:` is absent
 SHORT_PROBE = {"sink": 4, "recent": 32}  # what `budget:` adds where `tokens:` is absent (SnapKV's window)
 BUILT_IN_LUTS = ("nf4",)

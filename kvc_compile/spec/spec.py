@@ -34,6 +34,7 @@ class Origin:
     file: str | None = None
     todo: tuple[tuple[str, str], ...] = ()  # key path, what of it
     folder: str | None = None  # where artefacts are
+    notes: tuple[str, ...] = ()  # what the short form did that its author may not expect
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _build(root: Node, file: str | None, folder: FilePath | None, name: str) -> 
     names = {key: full.pop(key, "") for key in ("name", "description")}
     # a second check puts the keys into the vocabulary's order, which makes the text canonical
     full = SPEC.check(source.from_data(full, file), (), Context(file))
-    origin = Origin(file, tuple(dict.fromkeys(ctx.todo)), None if folder is None else str(folder))
+    origin = Origin(file, tuple(dict.fromkeys(ctx.todo)), None if folder is None else str(folder), tuple(ctx.notes))
     files = () if folder is None else _artefacts(folder, ctx.files)
     spec = Spec(json.dumps(full), names["name"], names["description"], origin, files)
     if spec.name:

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc_compile.spec import Spec, SpecError
+from kvc_compile.spec import Spec, SpecError, presets
+from kvc_compile.spec.spec import preset_text
 
 ATTN = {"attn": {"probe": "last 32", "reduce": "sum"}}
 GROUPED = {"codec": {"int": 4, "block": [32, 1]}}
@@ -163,6 +164,53 @@ def test_scopes_are_checked_too() -> None:
             Spec.load({"k": GROUPED, scope: inner})
         assert error.value.path.startswith(scope) and error.value.path.endswith("keep.when")
         Spec.load({scope: inner})
+
+
+OWN_CODECS = {"quantized-pruning", "zipcache", "zipvl"}  # `bits` would say the same key twice
+SINGLE = {  # why their keys have a scale for each token
+    **dict.fromkeys(("d2o", "h2o", "keyformer", "less", "mikv"), "replaces single tokens"),
+    **dict.fromkeys(
+        ("dynamickv", "elastic-cache", "prefixkv", "pyramidkv", "scissorhands"), "smaller than a block of 32"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name not in OWN_CODECS])
+def test_every_method_takes_bits(name: str) -> None:
+    data = yaml.safe_load(preset_text(name))
+    if not {"keep", "select", "heads"} & data.keys():
+        pytest.skip("a codec already")
+    spec = Spec.load({**data, "bits": 4})
+    full = spec.expanded()
+    single = name in SINGLE
+    assert full["k"]["codec"] == {"int": 4, "block": [1, 32] if single else [32, 1]}
+    assert full["v"]["codec"] == {"int": 4, "block": [1, 64]}
+    assert len(spec.origin.notes) == single
+    for note in spec.origin.notes:
+        assert SINGLE[name] in note and note.startswith("k.codec.block: [1, 32] and not [32, 1]")
+    assert not Spec.load({**data, "bits": {"k": 16, "v": 4}}).origin.notes
+
+
+def test_a_scope_whose_rule_replaces_tokens_has_blocks_of_its_own() -> None:
+    often = {"keep": {"budget": 9, "when": "append", "score": ATTN}}
+    for scope in ({"layers": {"0": often}}, {"heads": {"table": [["a", "b"]], "a": often, "b": {}}}):
+        full = Spec.load({"bits": {"k": 4, "v": 2}, **scope}).expanded()
+        inner = full.get("layers", {}).get("0") or full["heads"]["a"]
+        assert full["k"]["codec"]["block"] == [32, 1] and inner["k"]["codec"] == {"int": 4, "block": [1, 32]}
+        assert inner["v"]["codec"] == full["v"]["codec"] == {"int": 2, "block": [1, 64]}
+    # what the scope says itself holds
+    own = {"layers": {"0": {**often, "bits": 8}}}
+    assert Spec.load({"bits": 4, **own}).expanded()["layers"]["0"]["k"]["codec"] == {"int": 8, "block": [1, 32]}
+    with pytest.raises(SpecError, match="single tokens"):
+        Spec.load({"bits": 4, "layers": {"0": {**often, "k": GROUPED}}})
+    # and a rule that is off where the base replaces tokens changes no blocks
+    assert "k" not in Spec.load({"bits": 4, **often, "layers": {"0": {"keep": "off"}}}).expanded()["layers"]["0"]
+
+
+def test_a_window_alone_is_as_it_was() -> None:
+    """Without a rule of `keep`, a window smaller than a block is an error that says so."""
+    with pytest.raises(SpecError, match="must fit"):
+        Spec.load({"bits": 4, "tokens": {"recent": 8}})
 
 
 CODECS: Any = st.sampled_from([{}, {"int": 4, "block": [32, 1]}, {"int": 2, "block": [1, 32]}, {"fp": 8}])
