@@ -98,9 +98,8 @@ def _bits(fragment: Data, out: Data, path: Path, ctx: Context, single: str) -> N
         codec = {"fp": 16} if bits == 16 else {"int": bits, "block": list(block)}
         if block is schema.SHORT_SINGLE and bits != 16:
             where = show_path((*path, "k", "codec", "block"))
-            ctx.notes.append(
-                f"{where}: {block} and not {schema.SHORT_BLOCKS['k']}, as {single}. Keys lose more by it: see docs/spec.md"
-            )
+            blocks = f"{block} and not {schema.SHORT_BLOCKS['k']}"
+            ctx.notes.append(f"{where}: {blocks}, as {single}. Keys lose more by it: see docs/spec.md")
         _put(out.setdefault(side, {}), "codec", codec, "bits", (*path, side), ctx)
 
 
