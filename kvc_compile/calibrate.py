@@ -67,8 +67,9 @@ def _copies(after: int) -> Measure:
     def measure(probe: Probe, s: Seen) -> tuple[Tensor, Tensor]:
         n, tokens = s.p.shape[2:]
         query = torch.arange(s.first, s.first + n, device=s.p.device)[:, None]
-        back = query + after - torch.arange(tokens, device=s.p.device)
-        copy = (back > after) & (back % probe.period == 0)
+        key = torch.arange(tokens, device=s.p.device)
+        back = query + after - key
+        copy = (back > after) & (back % probe.period == 0) & (key >= after)
         voting = query[:, 0] >= probe.period
         held = (s.p * copy).sum(-1)[..., voting]
         return held.sum(-1), torch.full(held.shape[:2], float(held.shape[-1]), device=held.device, dtype=held.dtype)
