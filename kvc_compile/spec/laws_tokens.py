@@ -48,9 +48,17 @@ def by_class(f: Data, path: Path, ctx: Context) -> None:
             )
     keep = f.get("keep", "off")
     for i, rule in enumerate(rules_of(keep)):
+        where = (*path, "keep", i) if isinstance(keep, list) else (*path, "keep")
         if "reuse" in rule:
-            where = (*path, "keep", i, "reuse") if isinstance(keep, list) else (*path, "keep", "reuse")
-            ctx.fail(where, "the other layers have other heads in this class", rule["reuse"], "no `reuse`")
+            ctx.fail((*where, "reuse"), "the other layers have other heads in this class", rule["reuse"], "no `reuse`")
+        alloc = rule.get("alloc", "uniform")
+        if alloc != "uniform" and alloc.get("waterfill") != "head":
+            ctx.fail(
+                (*where, "alloc"),
+                "layers cannot share a budget: they have other heads in this class",
+                next(iter(alloc)),
+                "uniform, or waterfill: head",
+            )
     if isinstance(f.get("select"), dict) and "reuse" in f["select"]:
         where = (*path, "select", "reuse")
         ctx.fail(where, "the other layers have other heads in this class", f["select"]["reuse"], "no `reuse`")

@@ -171,6 +171,7 @@ SHARED = {
     "over heads": ({"v": {"basis": {"map": "svd", "over": "heads(2)"}}}, "v.basis"),
     "over layers": ({"v": {"basis": {"map": "svd", "over": "layers(2)"}}}, "v.basis"),
     "keep.reuse": ({"keep": {"budget": 4, "reuse": "layers(2)"}}, "keep.reuse"),
+    "keep.alloc": ({"keep": {"budget": 4, "alloc": {"pyramid": 3}}}, "keep.alloc"),
     "select.reuse": ({"select": {"index": "exact", "budget": 4, "at": [0], "reuse": "until_next"}}, "select.reuse"),
 }
 
