@@ -79,6 +79,9 @@ b + 32/(t*c) bits, or b + 16/(t*c) without a middle: 5 bits for `{int: 4, block:
 for those layers, key by key; a codec of another kind (`fp` over `int`) replaces the whole codec. Each layer belongs to
 one range at most, and a range that the model does not have is an error.
 
+**Classes of heads.** `heads:` says what differs in the KV heads of a class, such as retrieval and streaming heads, and
+which heads are of it, by a table in the spec or beside it: [heads.md](heads.md).
+
 **Short form.** `bits: b` stands for `{int: b}` with blocks %(k)s for keys and %(v)s for values and, if `tokens` is
 absent, `tokens: %(tokens)s`; 16 stands for the model's dtype. `budget`, `rank` and `share` stand for `keep`,
 `basis` and `ref`. `kvc check` shows the expansion. A key and its short form cannot both be given.
