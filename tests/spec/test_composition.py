@@ -203,6 +203,7 @@ def test_a_scope_whose_rule_replaces_tokens_has_blocks_of_its_own() -> None:
     assert Spec.load({"bits": 4, **own}).expanded()["layers"]["0"]["k"]["codec"] == {"int": 8, "block": [1, 32]}
     with pytest.raises(SpecError, match="single tokens"):
         Spec.load({"bits": 4, "layers": {"0": {**often, "k": GROUPED}}})
+    assert "k" not in Spec.load({"bits": 4, **often, "layers": {"0": often}}).expanded()["layers"]["0"]
     # and a rule that is off where the base replaces tokens changes no blocks
     assert "k" not in Spec.load({"bits": 4, **often, "layers": {"0": {"keep": "off"}}}).expanded()["layers"]["0"]
 

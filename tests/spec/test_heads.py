@@ -103,6 +103,7 @@ REFUSED = {
     "which tensor": (("several.safetensors", {"whole": 1}), "heads.table", ["which table", "echo, induction"]),
     "three axes": (("deep.safetensors", {"whole": 1}), "heads.table", ["[1, 2, 1]", "[layers, KV heads]"]),
     "beyond the file": (("cut.safetensors", {"whole": 1}), "heads.table", ["does not fit the file"]),
+    "another size": (("odd.safetensors", {"whole": 1}), "heads.table", ["does not fit the file"]),
     "no safetensors": (("text.safetensors", {"whole": 1}), "heads.table", ["not a safetensors file"]),
 }  # fmt: skip
 DEEP = json.dumps({"a": {"dtype": "F32", "shape": [1, 2, 1], "data_offsets": [0, 8]}}).encode()
@@ -113,6 +114,7 @@ ODD = {
     "text.json": b"whole",
     "big.json": b"[[1" + b"0" * 400 + b"]]",
     "deep.safetensors": struct.pack("<Q", len(DEEP)) + DEEP + bytes(8),
+    "odd.safetensors": tensors(gates=SCORES).replace(b'"F32"', b'"F16"'),
     "cut.safetensors": tensors(gates=SCORES)[:-1],
     "text.safetensors": b"whole and streams",
 }
@@ -127,6 +129,37 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, name: str) -> None:
         spec(tmp_path, table, top).head_classes((2, 2, 2))
     assert error.value.path == path and error.value.file == str(tmp_path / "s.yaml")
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_table_alone_names_no_class() -> None:
+    with pytest.raises(SpecError, match="names no class"):
+        Spec.load({"kvc": 1, "heads": {"table": NAMES}})
+
+
+def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = spec(tmp_path, "names.json")
+    monkeypatch.setattr("kvc_compile.spec.artefacts.MAX_TABLE", 10)
+    with pytest.raises(SpecError, match="too large"):
+        found.head_classes((2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "raw"),
+    [
+        ("F64", struct.pack("<2d", 0.5, 2)),
+        ("F16", struct.pack("<2e", 0.5, 2)),
+        ("BF16", struct.pack("<f", 0.5)[2:] + struct.pack("<f", 2)[2:]),
+        ("I64", struct.pack("<2q", 0, 2)),
+        ("U8", b"\0\2"),
+        ("BOOL", b"\0\1"),
+    ],
+)
+def test_numbers_of_any_kind(tmp_path: Path, dtype: str, raw: bytes) -> None:
+    text = json.dumps({"a": {"dtype": dtype, "shape": [1, 2], "data_offsets": [0, len(raw)]}}).encode()
+    (tmp_path / "t.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw)
+    (tmp_path / "t.yaml").write_text("kvc: 1\nkeep: {budget: 8, alloc: {table: t.safetensors}}\n")
+    ((first, second),) = Spec.load(tmp_path / "t.yaml").table("t.safetensors", (2,), "keep")
+    assert (first, second) == ({"F": 0.5, "B": 0.5}.get(dtype[0], 0) * (dtype != "BOOL"), 1 if dtype == "BOOL" else 2)
 
 
 def test_a_mapping_has_no_folder() -> None:
