@@ -44,6 +44,7 @@ def test_duoattention(when, tmp_path):
         ][layer]
         outcomes = dict(zip((g.name for g in found), apply_to(found, data.attentions[layer], data.v[layer], when)))
         assert outcomes["retrieval"] == []
+        assert apply_to(found, data.attentions[layer], data.v[layer], "decoded") == [[], []]
         (out,) = outcomes["streaming"]
         for b in range(3):
             for h in range(out.kept.index.shape[1]):
