@@ -17,6 +17,7 @@ from kvc_compile.kernels.keep.learned import RetainingHead, retaining
 from kvc_compile.kernels.keep.mixing import Mixer
 from kvc_compile.kernels.keep.rule import Trained
 from kvc_compile.kernels.select.selection import attention
+from kvc_compile.policy import Unbuilt, rules_of
 from kvc_compile.spec import Spec, SpecError
 
 SLOTS, TAPS, HIDDEN = 4, 5, 6
@@ -289,6 +290,17 @@ def test_maps_that_do_not_fit(tmp_path, name):
         maps.by_layer(spec_with(tmp_path, tensors), "m.safetensors", [SHAPE] * layers, make, *PATH)
     assert error.value.path == "keep.score.learned" and error.value.file == str(tmp_path / "s.yaml")
     assert "m.safetensors" in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["locret", "less", "lococo"])
+def test_trained_rules_are_read_only_by_those_who_bring_the_maps(name):
+    keep = Spec.load(name).expanded()["keep"]
+    with pytest.raises(Unbuilt, match=rf"trained maps: {name}\.safetensors"):
+        rules_of(keep)
+    (rule,) = rules_of(keep, trained=True)
+    assert rule.files == (f"{name}.safetensors",)
+    (other,) = rules_of(Spec.load("h2o").expanded()["keep"])
+    assert other.files == ()
 
 
 def test_rules_name_their_files():

@@ -28,7 +28,11 @@ def fragments(spec: Spec):
 
 
 def read(fragment):
-    return regions_of(fragment.get("tokens", {})), rules_of(fragment.get("keep")), query_of(fragment.get("select"))
+    return (
+        regions_of(fragment.get("tokens", {})),
+        rules_of(fragment.get("keep"), trained=True),
+        query_of(fragment.get("select")),
+    )
 
 
 def trained(rule, data, layer, g):

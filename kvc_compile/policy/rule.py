@@ -106,6 +106,12 @@ class Rule:
     fold: Fold | None = None
     demote: bool = False
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Of trained heads and maps that this rule needs."""
+        named = (self.score.learned, self.merge.file if self.merge else "", self.fold.file if self.fold else "")
+        return tuple(file for file in named if file)
+
 
 def regions_of(tokens: Mapping[str, Any]) -> Regions:
     """From `tokens:`; where keys and values differ, the larger. Raises Unbuilt."""
@@ -118,11 +124,15 @@ def regions_of(tokens: Mapping[str, Any]) -> Regions:
     return Regions(Amount.parse(sink), Amount.parse(recent))
 
 
-def rules_of(data: Any) -> tuple[Rule, ...]:
-    """From `keep:`, in order; () for off. Raises Unbuilt."""
+def rules_of(data: Any, trained: bool = False) -> tuple[Rule, ...]:
+    """From `keep:`, in order; () for off. trained: whether the caller hands in what the rules' files hold. Raises
+    Unbuilt, without it for rules that need such files."""
     if data in (None, "off"):
         return ()
-    return tuple(map(_rule, data if isinstance(data, list) else [data]))
+    rules = tuple(map(_rule, data if isinstance(data, list) else [data]))
+    if not trained and (files := [file for rule in rules for file in rule.files]):
+        raise Unbuilt(f"trained maps: {', '.join(files)}")
+    return rules
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

@@ -35,14 +35,13 @@ def expand(spec: Data, ctx: Context) -> Data:
 
 
 def _spec(spec: Data, path: Path, ctx: Context) -> Data:
-    why = _single(spec)
-    out = _fragment(spec, path, ctx, why, base=True)
+    single = _single(spec)
+    out = _fragment(spec, path, ctx, single, base=True)
     for scope in ("layers", "heads"):
         for name, item in out.get(scope, {}).items():
             if isinstance(item, dict) and name not in RESERVED:
-                inherited: Data = {key: spec[key] for key in ("keep", "tokens") if key in spec}
-                inner = _single({**inherited, **item})
-                if inner and not why and "bits" in spec and not {"bits", "k", "kv"} & item.keys():
+                inner = _single(item) if "keep" in item else single
+                if inner and not single and "bits" in spec and not {"bits", "k", "kv"} & item.keys():
                     item = {**item, "bits": spec["bits"]}  # in other blocks than the base's
                 out[scope][name] = _fragment(item, (*path, scope, name), ctx, inner, base=False)
     if "draft" in out:
@@ -53,19 +52,12 @@ def _spec(spec: Data, path: Path, ctx: Context) -> Data:
     return out
 
 
-def _single(fragment: Data) -> str:
-    """Why keys that `bits` stores have a scale for each token, and not for blocks of them; "" if nothing says so."""
-    rules = rules_of(fragment.get("keep"))
-    recent = _sides(fragment.get("tokens", {}).get("recent", 0))["k"]
-    if any(map(replaces, rules)):
-        return "`keep` replaces single tokens at every step"
-    block = schema.SHORT_BLOCKS["k"][0]
-    if rules and isinstance(recent, int) and 0 < recent < block:
-        return f"the window of {recent} tokens is smaller than a block of {block}"
-    return ""
+def _single(fragment: Data) -> bool:
+    """Whether single tokens are replaced at every step, so that keys cannot lie in blocks of tokens."""
+    return any(map(replaces, rules_of(fragment.get("keep"))))
 
 
-def _fragment(fragment: Data, path: Path, ctx: Context, single: str, base: bool) -> Data:
+def _fragment(fragment: Data, path: Path, ctx: Context, single: bool, base: bool) -> Data:
     out = copy.deepcopy({key: value for key, value in fragment.items() if key not in schema.SHORT})
     if "kv" in out and "joint" not in out["kv"].get("basis", {}):
         both = out.pop("kv")
@@ -90,7 +82,7 @@ def _sides(value: Any) -> Data:
     return value if isinstance(value, dict) else {"k": value, "v": value}
 
 
-def _bits(fragment: Data, out: Data, path: Path, ctx: Context, single: str) -> None:
+def _bits(fragment: Data, out: Data, path: Path, ctx: Context, single: bool) -> None:
     if "bits" not in fragment:
         return
     for side, bits in _sides(fragment["bits"]).items():
@@ -99,7 +91,8 @@ def _bits(fragment: Data, out: Data, path: Path, ctx: Context, single: str) -> N
         if block is schema.SHORT_SINGLE and bits != 16:
             where = show_path((*path, "k", "codec", "block"))
             blocks = f"{block} and not {schema.SHORT_BLOCKS['k']}"
-            ctx.notes.append(f"{where}: {blocks}, as {single}. Keys lose more by it: see docs/spec.md")
+            why = "`keep` replaces single tokens at every step"
+            ctx.notes.append(f"{where}: {blocks}, as {why}. Keys lose more by it: see docs/spec.md")
         _put(out.setdefault(side, {}), "codec", codec, "bits", (*path, side), ctx)
 
 

@@ -90,8 +90,8 @@ def tensor_of(fragment: dict[str, Any], side: str, path: Path, ctx: Context) -> 
             f"a multiple of {unit}, or another {side}.codec.block",
             str(up),
         )
-    if not recent:
-        recent = flush if flush > 1 else 0  # a block over tokens waits in the model's dtype until it is complete
+    if not recent or (recent < flush and "keep" in fragment):  # what `keep` spares may be fewer than a block
+        recent = flush if flush > 1 else recent or 0  # a block over tokens waits in the model's dtype until complete
     if recent < flush and flush > 1:
         ctx.fail(
             (*path, "tokens", "recent"),

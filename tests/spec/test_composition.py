@@ -167,12 +167,7 @@ def test_scopes_are_checked_too() -> None:
 
 
 OWN_CODECS = {"quantized-pruning", "zipcache", "zipvl"}  # `bits` would say the same key twice
-SINGLE = {  # why their keys have a scale for each token
-    **dict.fromkeys(("d2o", "h2o", "keyformer", "less", "mikv"), "replaces single tokens"),
-    **dict.fromkeys(
-        ("dynamickv", "elastic-cache", "prefixkv", "pyramidkv", "scissorhands"), "smaller than a block of 32"
-    ),
-}
+SINGLE = {"d2o", "h2o", "keyformer", "less", "mikv"}  # single tokens make place for others
 
 
 @pytest.mark.parametrize("name", [name for name in presets() if name not in OWN_CODECS])
@@ -187,7 +182,7 @@ def test_every_method_takes_bits(name: str) -> None:
     assert full["v"]["codec"] == {"int": 4, "block": [1, 64]}
     assert len(spec.origin.notes) == single
     for note in spec.origin.notes:
-        assert SINGLE[name] in note and note.startswith("k.codec.block: [1, 32] and not [32, 1]")
+        assert "replaces single tokens" in note and note.startswith("k.codec.block: [1, 32] and not [32, 1]")
     assert not Spec.load({**data, "bits": {"k": 16, "v": 4}}).origin.notes
 
 
@@ -208,8 +203,9 @@ def test_a_scope_whose_rule_replaces_tokens_has_blocks_of_its_own() -> None:
     assert "k" not in Spec.load({"bits": 4, **often, "layers": {"0": {"keep": "off"}}}).expanded()["layers"]["0"]
 
 
-def test_a_window_alone_is_as_it_was() -> None:
-    """Without a rule of `keep`, a window smaller than a block is an error that says so."""
+def test_a_window_of_keep_may_be_smaller_than_a_block() -> None:
+    """It is about which tokens stay; without a rule it is about what is exact, and has to fit."""
+    Spec.load({"bits": 4, "tokens": {"recent": 8}, **kept()})
     with pytest.raises(SpecError, match="must fit"):
         Spec.load({"bits": 4, "tokens": {"recent": 8}})
 
