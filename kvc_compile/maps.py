@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvc_compile.kernels.keep.fold import FeatureMaps
-from kvc_compile.kernels.keep.learned import RetainingHead
+from kvc_compile.kernels.keep.learned import ACTIVATIONS, RetainingHead
 from kvc_compile.kernels.keep.mixing import Mixer
 from kvc_compile.spec import Spec
 from kvc_compile.spec.artefacts import Place, tensors
@@ -102,12 +102,14 @@ def by_layer(spec: Spec, name: str, shapes: Sequence[Shape], make: Callable[[Lay
     return [make(Layer(i, shape, layers.get(i, {}), at)) for i, shape in enumerate(shapes)]
 
 
-def retaining_head(layer: Layer, inputs: Sequence[str] = ("q", "k", "v")) -> RetainingHead:
-    """Of Locret."""
+def retaining_head(layer: Layer, inputs: Sequence[str] = ("q", "k", "v"), act: str = "silu") -> RetainingHead:
+    """Of Locret. act: the model's `hidden_act`."""
     s = layer.shape
+    if act not in ACTIVATIONS:
+        layer.at.fail("trained heads with the model's activation", act, ", ".join(ACTIVATIONS))
     sizes = {"q": s.heads * s.dk, "k": s.kv_heads * s.dk, "v": s.kv_heads * s.dv}
     up = layer.take("fc1", "hidden", sum(sizes[x] for x in inputs))
-    return RetainingHead(up, layer.take("fc2", s.kv_heads, up.shape[0]), tuple(inputs))
+    return RetainingHead(up, layer.take("fc2", s.kv_heads, up.shape[0]), tuple(inputs), act)
 
 
 def feature_maps(layer: Layer, rank: int) -> FeatureMaps:

@@ -46,18 +46,18 @@ def gelu(x):
 # ---------------------------------------------------------------- Locret
 
 
-@pytest.mark.parametrize("inputs", [("q", "k", "v"), ("v", "k")])
-def test_locret_scores(inputs):
+@pytest.mark.parametrize(("inputs", "act"), [(("q", "k", "v"), "silu"), (("v", "k"), "gelu")])
+def test_locret_scores(inputs, act):
     g = torch.Generator().manual_seed(1)
     data = random_data(1)
     sizes = {"q": HEADS * GROUPS * WIDTH, "k": HEADS * WIDTH, "v": HEADS * WIDTH}
-    head = RetainingHead(randn(g, HIDDEN, sum(sizes[x] for x in inputs)), randn(g, HEADS, HIDDEN), inputs)
+    head = RetainingHead(randn(g, HIDDEN, sum(sizes[x] for x in inputs)), randn(g, HEADS, HIDDEN), inputs, act)
     got = retaining(head, data.q[0], data.k[0], data.v[0])
     given = {"q": data.q[0], "k": data.k[0], "v": data.v[0]}
     for b, t in ((0, 0), (1, 50), (2, 96)):
         x = torch.tensor([float(n) for name in inputs for h in given[name][b] for n in h[t]], dtype=torch.float64)
         up = [sum(w * n for w, n in zip(row, x)) for row in head.up]
-        hidden = [u / (1 + math.exp(-u)) for u in map(float, up)]
+        hidden = [u / (1 + math.exp(-u)) if act == "silu" else float(gelu([u])[0]) for u in map(float, up)]
         want = [sum(float(w) * n for w, n in zip(row, hidden)) for row in head.down]
         assert got[b, :, t].tolist() == pytest.approx(want)
 
@@ -238,6 +238,12 @@ def test_maps_by_layer(tmp_path, prefix, dtype):
         want = locret(i, prefix, dtype)
         assert torch.equal(head.up, want[prefix.format(i) + "fc1.weight"]) and head.up.dtype == dtype
         assert torch.equal(head.down, want[prefix.format(i) + "fc2.weight"])
+
+
+def test_an_activation_that_is_not_known(tmp_path):
+    with pytest.raises(SpecError, match="'?xielu'?"):
+        spec = spec_with(tmp_path, locret(0))
+        maps.by_layer(spec, "m.safetensors", [SHAPE], lambda x: maps.retaining_head(x, act="xielu"), *PATH)
 
 
 def test_maps_of_every_kind(tmp_path):
