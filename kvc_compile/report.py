@@ -220,7 +220,7 @@ class Report:
         return tuple(s for s in self.sites if s.status == "declined")
 
     def bytes(self, tokens: int = TOKENS, batch: int = 1) -> Bytes:
-        """Bytes of all compressed caches with room for `tokens` tokens of `batch` sequences; of a cache that evicts, for
+        """Bytes of all compressed caches with room for `tokens` tokens of `batch` sequences; of one that evicts, for
         what stays of a prompt of so many. A cache of no fixed length is allocated in steps and holds up to `plan.SLACK`
         tokens more."""
         if tokens < 1 or batch < 1:

@@ -23,7 +23,7 @@ from torch import Tensor
 from kvc_compile.kernels import reference
 from kvc_compile.kernels.keep import steps
 from kvc_compile.kernels.keep.attention import Attention
-from kvc_compile.kernels.keep.rule import Outcome, apply
+from kvc_compile.kernels.keep.rule import Outcome, Past, apply
 from kvc_compile.kernels.keep.slots import SHIFT, first_slot, positions_of, seen
 from kvc_compile.kernels.keep.slots import positions as slot_positions
 from kvc_compile.kernels.keep.slots import sight as slot_sight
@@ -154,6 +154,7 @@ def step(
     p, k_parsed, v_parsed = Policy.parse(policy), Layout.parse(k_layout), Layout.parse(v_layout)
     k_view, v_view = reference.views(k_data, k_parsed), reference.views(v_data, v_parsed)
     start = None if at is None else at[0]
+    assert k_view.words is not None
     if start is not None:  # a cache begins anew at position 0
         for part in (k_view.header, v_view.header, k_view.words):
             part.mul_((start != 0).to(part.dtype))
@@ -177,7 +178,7 @@ def step(
     slot, goes = steps.target(going, slots_, length)
     steps.put(k_view, k_parsed, slot, k_new.squeeze(2))
     steps.put(v_view, v_parsed, slot, v_new.squeeze(2))
-    steps.settle((k_view, v_view), slot, goes, slots_, position, (k_parsed.sink, v_parsed.sink))
+    steps.settle((k_view, v_view), slot, goes, slots_, position, k_parsed.sink)
 
 
 @ops.shapes(step)
@@ -227,9 +228,8 @@ def keep_turns(turns: Sequence[Turn], place: tuple[int, int], policy: Policy) ->
         values, holes = [c.v for c in contents], [c.place < 0 for c in contents]
         received = [before(t, c) for t, c in zip(turns, contents, strict=True)] if policy.accumulates else None
         seen = seen_by(turns[0].mask, contents[0].end, layers[0].visible.shape[0], layers[0].k.device)
-        outcomes = [
-            *apply(policy.rule, policy.regions, layers, values, place=place, holes=holes, seen=seen, received=received)
-        ]
+        past = Past(seen, holes, received)
+        outcomes = [*apply(policy.rule, policy.regions, layers, values, past=past, place=place)]
     for t, c, o in zip(turns, contents, outcomes, strict=True):
         settle(t, c, o)
 
@@ -327,14 +327,11 @@ def settle(t: Turn, c: Content, o: Outcome | None) -> None:
     index, holes = o.kept.index[..., :slots], o.kept.holes[..., :slots]
     place = c.place.gather(-1, index.clamp(min=0)).masked_fill(holes, -1)
     filled = torch.where(holes, (o.kept.count - 1).clamp(min=0).unsqueeze(-1), torch.arange(slots, device=index.device))
-    for data, layout, x, merged in (
-        (t.k_data, t.k_layout, c.k, o.merged and o.merged.k),
-        (t.v_data, t.v_layout, c.v, o.merged and o.merged.v),
-    ):
-        stays = o.kept.gather(x) if merged is None else merged
+    keys, values = (o.merged.k, o.merged.v) if o.merged else (o.kept.gather(c.k), o.kept.gather(c.v))
+    for data, layout, x in ((t.k_data, t.k_layout, keys), (t.v_data, t.v_layout, values)):
         # a hole holds what the slot before it does: it must not widen the range of a block
-        stays = stays.gather(2, filled.unsqueeze(-1).expand(*filled.shape, x.shape[-1]))
-        refill(data, layout, stays.to(x.dtype), place, c.end)
+        stays = x.gather(2, filled.unsqueeze(-1).expand(*filled.shape, x.shape[-1]))
+        refill(data, layout, stays, place, c.end)
     if o.total is not None:
         total = o.total.gather(-1, index.clamp(min=0)).masked_fill(holes, 0)
         steps.totals(reference.views(t.k_data, t.k_layout))[..., :slots] = total

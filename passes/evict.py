@@ -1,6 +1,6 @@
 """The rewrite of caches that evict: steps go over slots, and a prompt's appends become one `kvc::keep`.
 
-    append; attend of one token       ->  attend(q, K, V, k, v, sight(K, mask, positions)); append at slots(K, positions)
+    append; attend of one token       ->  attend(q, K, V, k, v, sight(K, mask, positions)); append at slots(K, ...)
     ... of several, a prompt          ->  attention as it is, over slots where some are stored; keep(K, V, q, k, v, ...)
     cat(past, k) of several           ->  the same, with K' = widen(K)
     cat([], k) of several             ->  the same, with K = empty(...)

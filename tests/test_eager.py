@@ -208,8 +208,10 @@ def tensors(cache) -> list:
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("spec", ERROR)
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [("lossless", "dynamic"), ("int8", "static"), ("kivi-4bit", "dynamic"), ("kivi-2bit", "static")],
+)
 def test_steps_in_eager_code_between_compiled_ones(spec, kind, no_inductor):
     """A cache goes from graphs to eager code and back, in both by single tokens and in chunks."""
     model, ids, forced = tiny("llama"), prompt(tokens=60), prompt(tokens=40, seed=3)
@@ -235,7 +237,7 @@ def gives_up():
         yield
 
 
-def generate(model, ids, n=24, **kwargs):
+def generate(model, ids, n=12, **kwargs):
     settings = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "return_dict_in_generate": True}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **kwargs)
 
@@ -248,7 +250,7 @@ def test_a_frame_at_its_recompile_limit(spec, gives_up, no_inductor, caplog):
     with caplog.at_level(logging.WARNING, "kvc_compile"):
         out = generate(model, ids)
     assert all_compressed(out.past_key_values)
-    assert [t.shape[2] for t in tensors(out.past_key_values)] == [13 + 23] * 4
+    assert [t.shape[2] for t in tensors(out.past_key_values)] == [13 + 11] * 4
     if spec == "lossless":
         assert torch.equal(out.sequences, generate(plain, ids).sequences)
     found = report(model)

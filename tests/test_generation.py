@@ -73,8 +73,11 @@ def test_decoding_that_transformers_compiles_stays_ours(door, plain, compiled):
     same(found, plain, prompt(), cache_implementation="static")
 
 
-@pytest.mark.parametrize("settings", [{}, {"mode": None}, {"mode": "default"}], ids=str)
-@pytest.mark.parametrize("options", [LOSSLESS, "int8", {"spec": LOSSLESS, "strict": True}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [(LOSSLESS, {}), ("int8", {"mode": None}), ({"spec": LOSSLESS, "strict": True}, {"mode": "default"})],
+    ids=str,
+)
 def test_compile_config(options, settings, plain):
     config = on_every_device(backend="kvc", options=options, **settings)
     found = generate(copy.deepcopy(plain), prompt(), cache_implementation="static", compile_config=config)
@@ -108,38 +111,36 @@ def test_inference_mode_and_then_no_grad(kind, plain, compiled):
     same(generate(compiled, prompt(), cache_implementation=kind), plain, prompt(), cache_implementation=kind)
 
 
-@KINDS
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, None), (torch.bfloat16, "static")])
 def test_half_precision(dtype, kind, plain, compiled):
     ids, plain = prompt(), copy.deepcopy(plain).to(dtype)
     same(generate(compiled.to(dtype), ids, cache_implementation=kind), plain, ids, cache_implementation=kind)
 
 
-@KINDS
-def test_threads(kind, plain, compiled):
-    """Four at a time, on two models with different specs."""
+def test_threads(plain, compiled):
+    """Four at a time, on two models with different specs and kinds of caches."""
     other = copy.deepcopy(plain)
     other.compile(backend="kvc", options="int8")
     found: list = []
 
-    def work(model):
+    def work(model, kind):
         for _ in range(2):
-            found.append(generate(model, prompt(), cache_implementation=kind))
+            found.append((kind, generate(model, prompt(), cache_implementation=kind)))
 
-    threads = [threading.Thread(target=work, args=(m,)) for m in (compiled, compiled, other, other)]
+    work_of = [(compiled, None), (compiled, None), (other, "static"), (other, "static")]
+    threads = [threading.Thread(target=work, args=x) for x in work_of]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     assert len(found) == 8
-    for f in found:
+    for kind, f in found:
         same(f, plain, prompt(), cache_implementation=kind)
     bits = [{s.keys for s in report(m).sites} for m in (compiled, other)]
     assert len(bits[0] | bits[1]) == 2, "each with its own spec"
 
 
-@pytest.mark.parametrize("door", ["module", "wrapper"])
-def test_pipeline(door, plain, compiled):
+def test_pipeline(plain):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
@@ -151,8 +152,6 @@ def test_pipeline(door, plain, compiled):
         settings = {"max_new_tokens": 6, "do_sample": False}
         return pipe("w5 w9 w77", **settings), pipe(["w5 w9 w77 w12", "w8 w9"], batch_size=2, **settings)
 
-    model = compiled
-    if door == "wrapper":
-        model = torch.compile(copy.deepcopy(plain), backend="kvc", options=LOSSLESS)
+    model = torch.compile(copy.deepcopy(plain), backend="kvc", options=LOSSLESS)
     assert write(model) == write(plain)
     assert [s.status for s in report(model).sites] == ["compressed"] * 2

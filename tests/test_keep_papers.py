@@ -61,7 +61,7 @@ def random_data(seed=0, layers=1, lengths=LENGTHS, heads=HEADS, groups=GROUPS, s
 
 def rule_of(spec):
     full = Spec.load({"kvc": 1, **spec}).expanded()
-    (rule,) = rules_of(full["keep"])
+    (rule,) = rules_of(full["keep"], trained=True)
     return rule, regions_of(full.get("tokens", {}))
 
 

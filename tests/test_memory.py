@@ -166,9 +166,15 @@ def no_kernels(monkeypatch):
     monkeypatch.setattr(native, "BYTES", 1 << 40)
 
 
-@pytest.mark.parametrize("steps_by", ["kernels", "reference"])
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("spec", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("spec", "kind", "steps_by"),
+    [
+        ("int8", "static", "kernels"),
+        ("int8", "dynamic", "reference"),
+        ("int4", "static", "reference"),
+        ("int4", "dynamic", "kernels"),
+    ],
+)
 def test_a_decode_step_has_no_full_size_temporary(spec, kind, steps_by, no_inductor, request):
     """With 6000 tokens in the cache a step's temporaries are bounded by a span of them."""
     if steps_by == "reference":
@@ -194,19 +200,20 @@ def test_a_full_decode_would_be_seen(no_inductor, no_kernels, monkeypatch):
     model = small()
     compiled = torch.compile(model, backend="kvc", options="int4")
     cache = new_cache(model, "static", LONG)
-    token = fill(compiled, cache, prompt(batch=1, tokens=LENGTH))
+    token = fill(compiled, cache, prompt(batch=1, tokens=LENGTH // 3))
     with torch.no_grad():
         compiled(input_ids=token, past_key_values=cache)
         with allocations() as made:
             compiled(input_ids=token, past_key_values=cache)
-    assert made.largest > 0.9 * dense_bytes(LENGTH)
+    assert made.largest > 0.9 * dense_bytes(LENGTH // 3)
 
 
 # ---------------------------------------------------------------- what is held and released
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("spec", [LOSSLESS, "int8", "int4"])
+@pytest.mark.parametrize(
+    ("spec", "kind"), [(LOSSLESS, "static"), ("int8", "dynamic"), ("int4", "static"), ("int4", "dynamic")]
+)
 def test_held_is_what_lives(spec, kind, no_inductor):
     model = tiny("llama")
     compiled = torch.compile(model, backend="kvc", options=spec)
@@ -318,10 +325,14 @@ def test_a_refilled_import_keeps_its_content(no_inductor):
 # ---------------------------------------------------------------- caches used again, and side by side
 
 
-@pytest.mark.parametrize("spec", [LOSSLESS, "int4"])
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+KINDS_OF_CACHE = pytest.mark.parametrize(
+    ("kind", "spec"), [("dynamic", LOSSLESS), ("static", "int4"), ("dynamic", "int4")]
+)
+
+
+@KINDS_OF_CACHE
 def test_a_reset_cache_is_a_new_one(kind, spec, no_inductor):
-    model = tiny("llama")
+    model = tiny("llama", layers=1)
     compiled = torch.compile(model, backend="kvc", options=spec)
     cache, ids = new_cache(model, kind, 128), prompt(tokens=60, seed=1)
     want = decode(compiled, new_cache(model, kind, 128), ids)
@@ -335,7 +346,7 @@ def test_a_reset_cache_is_a_new_one(kind, spec, no_inductor):
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_other_batch_sizes_and_lengths(kind, no_inductor):
     """One compiled model, caches of any size: each as the untouched model has it."""
-    model = tiny("llama")
+    model = tiny("llama", layers=1)
     compiled = torch.compile(model, backend="kvc", options=LOSSLESS)
     for batch, tokens, length in ((2, 13, 64), (3, 20, 64), (1, 7, 64), (2, 100, 256), (2, 13, 64)):
         ids = prompt(batch, tokens)
@@ -348,10 +359,9 @@ def test_other_batch_sizes_and_lengths(kind, no_inductor):
     assert report(model).held().total == 0
 
 
-@pytest.mark.parametrize("spec", [LOSSLESS, "int4"])
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@KINDS_OF_CACHE
 def test_two_caches_side_by_side(kind, spec, no_inductor):
-    model = tiny("llama")
+    model = tiny("llama", layers=1)
     compiled = torch.compile(model, backend="kvc", options=spec)
     prompts = [prompt(tokens=60, seed=s) for s in (1, 2)]
     want = [decode(compiled, new_cache(model, kind, 128), ids, steps=6) for ids in prompts]
@@ -369,7 +379,7 @@ def test_two_caches_side_by_side(kind, spec, no_inductor):
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_copy_of_a_cache_goes_its_own_way(kind, no_inductor):
-    model = tiny("llama")
+    model = tiny("llama", layers=1)
     compiled = torch.compile(model, backend="kvc", options="int4")
     cache, ids, other = new_cache(model, kind, 128), prompt(tokens=60), prompt(tokens=5, seed=3)
     decode(compiled, cache, ids, steps=0)

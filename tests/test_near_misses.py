@@ -1341,7 +1341,7 @@ def check_many(n: int, of: int) -> None:
 
 
 def test_some_steps_away():
-    check_many(40, 0)
+    check_many(25, 0)
 
 
 @pytest.mark.parametrize("of", [pytest.param(n, marks=MANY) for n in range(1, 11)])

@@ -31,11 +31,20 @@ def compressed(cache) -> bool:
     return all(isinstance(t, CacheHandle) for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("name", ["deepseek_v3", "granite_swa", "diffllama", "deepseek_v32", "xglm"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("deepseek_v3", "static"),
+        ("deepseek_v3", "dynamic"),
+        ("diffllama", "static"),
+        ("deepseek_v32", "static"),
+        ("xglm", "dynamic"),
+    ],
+)
 def test_attention_of_any_form(name, kind):
-    """Latents that are expanded, scores used twice, two attentions on one cache, an indexer, three dimensions."""
-    model = build(name, "eager" if name in ("granite_swa", "xglm") else "sdpa")
+    """Latents that are expanded, two attentions on one cache, an indexer, three dimensions; scores used twice are
+    below."""
+    model = build(name, "eager" if name == "xglm" else "sdpa")
     ids = prompt(batch=2, tokens=12)
     forced = prompt(batch=2, tokens=8, seed=2)
     want = decode(model, new_cache(model, kind, 32), ids, forced=forced)
@@ -48,8 +57,18 @@ def test_attention_of_any_form(name, kind):
     assert "read back" in found.text()
 
 
-@pytest.mark.parametrize("name", ["granite_swa", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("kind", [pytest.param(k, id=f"{k} through Inductor") for k in ("static", "dynamic")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, id=f"{name}, {kind} through Inductor")
+        for name, kind in (
+            ("granite_swa", "static"),
+            ("granite_swa", "dynamic"),
+            ("gemma2", "dynamic"),
+            ("gpt_oss", "static"),
+        )
+    ],
+)
 def test_what_stands_around_it_is_compiled_too(name, kind):
     """The checks and reads of a cache that is read back; capped scores, sinks and windows, which are not."""
     model, ids = build(name, "eager"), prompt(batch=2, tokens=12)
@@ -87,8 +106,16 @@ def sliding(window: int = 16, **config):
     return tiny("mistral", layers=1, sliding_window=window, **config)
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("tokens", [5, 16, 40, pytest.param(40, id="through Inductor")])
+@pytest.mark.parametrize(
+    ("tokens", "kind"),
+    [
+        (5, "static"),
+        (16, "dynamic"),
+        (40, "static"),
+        (40, "dynamic"),
+        pytest.param(40, "dynamic", id="through Inductor"),
+    ],
+)
 def test_a_window_slides(kind, tokens):
     """Filled by the prompt, or later; for so long that old tokens are dropped."""
     model, ids = sliding(), prompt(tokens=tokens)
@@ -103,8 +130,9 @@ def test_a_window_slides(kind, tokens):
     assert k.arena.shape[1] <= k.stored.row_bytes(16 + 2 * SLACK + k.stored.unit), "what left the window is dropped"
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("spec", ["int8", "int4", "kivi-2bit", UNLIKE])
+@pytest.mark.parametrize(
+    ("spec", "kind"), [("int8", "static"), ("int4", "dynamic"), ("kivi-2bit", "static"), (UNLIKE, "dynamic")]
+)
 def test_a_window_of_codes_does_not_wear_out(spec, kind):
     """Dropping old tokens encodes nothing anew: the error after many steps is that of the first ones."""
     model, ids = sliding(window=40), prompt(tokens=60)

@@ -109,7 +109,7 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr(backend, "lower", lambda gm, inputs, request, births: gm.forward)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_attention_is_that_over_the_dequantised_cache(case: Case):
     torch._dynamo.reset()

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvc_compile.policy import Merge
 
 from .attention import accumulate_dtype
+from .mixing import Mixer, mix
 from .tokens import Kept, Parts
 
 BLOCK = 256
@@ -28,7 +29,8 @@ BLOCK = 256
 class Merged:
     """k, v: [B, H, C, D] of the kept slots, 0 in holes, in the dtype of the input; count: fp32 [B, H, C]; lost: int64
     [B, H], tokens that no kept one was like, and that are dropped; threshold: fp32 [B, H], to hand on with `ema`.
-    With "single" C is one more than was kept: the last is the token that stands for all others, of count 0 if none."""
+    With "single" C is one more than was kept: the last is the token that stands for all others, of count 0 if none.
+    With "learned" it is `slots` more, of count 1, and 0 where nothing is in them."""
 
     k: Tensor
     v: Tensor
@@ -90,12 +92,13 @@ def merge(
     scores: Tensor | None = None,
     counts: Tensor | None = None,
     threshold: Tensor | None = None,
+    mixer: Mixer | None = None,
 ) -> Merged:
     """The kept tokens with the others merged into them.
 
     k, v: [B, H, T, D]; kept: of `retain`; scores: [B, H, T], for "adjacent"; counts: fp32 [B, H, T], tokens that each
-    stands for already (1 where absent); threshold: fp32 [B, H], of the pass before, with `ema`. Raises ValueError for
-    "adjacent" without scores.
+    stands for already (1 where absent); threshold: fp32 [B, H], of the pass before, with `ema`; mixer: for "learned".
+    Raises ValueError for "adjacent" and "learned" without scores, and "learned" without a mixer.
     """
     acc = accumulate_dtype(k)
     tokens = k.shape[2]
@@ -104,6 +107,12 @@ def merge(
     own = kept.gather(counts.unsqueeze(-1)).squeeze(-1)
     if spec.assign == "single":
         return _single(k, v, kept, going, counts, own)
+    if spec.assign == "learned":
+        if mixer is None or scores is None:
+            raise ValueError(f"merging needs the scores, and the trained maps of {spec.file!r}")
+        more_k, more_v, held = mix(mixer, k, v, going, scores)
+        all_k, all_v = (torch.cat([kept.gather(x), more], 2) for x, more in ((k, more_k), (v, more_v)))
+        return Merged(all_k, all_v, torch.cat([own, held.to(acc)], -1), torch.zeros_like(kept.count))
     unit = F.normalize(k.to(acc), dim=-1)
     least = -1.0 if spec.min_cos is None else spec.min_cos
     target, cosine = ASSIGN[spec.assign](Pairing(unit, kept, going, scores, p, least))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvc_compile.policy import Regions, Rule
+from kvc_compile.policy import Fold, Regions, Rule
 
 from .attention import Attention, Columns, over_group
 from .budget import counts
+from .fold import FeatureMaps, State, empty, fold
 from .merging import Merged, merge
+from .mixing import Mixer
 from .retention import capacity, kept, leader, others
 from .scoring import NO_CHANCE, Chance, observe, score
 from .tokens import Kept, compact, parts, scope
@@ -21,12 +23,36 @@ from .tokens import Kept, compact, parts, scope
 @dataclass(frozen=True)
 class Outcome:
     """Of one layer. kept: the slots that stay; merged: what they hold, if the rule merges; demoted: the other visible
-    slots, if it demotes; total: fp32 [B, H, T], what each slot received, where that was asked for."""
+    slots, if it demotes; folded: the state with the others in it, if it folds; total: fp32 [B, H, T], what each slot
+    received, where that is carried along."""
 
     kept: Kept
     merged: Merged | None = None
     demoted: Kept | None = None
+    folded: State | None = None
     total: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of tokens that were stored before. seen: int64 [B], see `tokens.parts`; holes: bool [B, H, T] of
+    each layer, slots that hold nothing in some heads; received: fp32 [B, H, T] of each layer, what slots received from
+    earlier queries, for a score that accumulates."""
+
+    seen: Tensor
+    holes: Sequence[Tensor]
+    received: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rule needs of a layer's trained maps. scores: [B, H, T], of its heads, when tokens were appended; maps and
+    state: of a fold, the state None at first; mixer: of a learned merge."""
+
+    scores: Tensor | None = None
+    maps: FeatureMaps | None = None
+    state: State | None = None
+    mixer: Mixer | None = None
 
 
 def apply(
@@ -39,24 +65,22 @@ def apply(
     allowed: Tensor | None = None,
     table: Tensor | None = None,
     prompt: Tensor | None = None,
+    trained: Sequence[Trained] | None = None,
+    past: Past | None = None,
     place: tuple[int, int] | None = None,
-    holes: Sequence[Tensor] | None = None,
-    seen: Tensor | None = None,
-    received: Sequence[Tensor] | None = None,
 ) -> list[Outcome]:
     """What each layer keeps; layers that share a budget are given together. The layers show the same tokens.
 
     values: [B, H, T, Dv] of each layer; allowed: bool [B, T], for a score with a condition; table: [L, H], for an alloc
-    with one; prompt: int64 [B], visible tokens of the prompt, for rules about it; place: (n, L), the layers given are
-    those from layer n on of L, for an alloc that looks at no scores (None: they are all); holes: bool [B, H, T] of each
-    layer, slots that hold nothing in some heads; seen: int64 [B], see `tokens.parts`; received: fp32 [B, H, T] of each
-    layer, what slots received from queries before these, for a score that accumulates. Raises ValueError for what is
-    missing.
+    with one; prompt: int64 [B], visible tokens of the prompt, for rules about it; trained: of each layer, where the
+    rule reads trained maps; place: (n, L), the layers given are those from layer n on of L, for an alloc that looks at
+    no scores (None: they are all). Raises ValueError for what is missing.
     """
     visible = layers[0].visible
     heads, tokens = layers[0].k.shape[1:3]
     first, total = place or (0, len(layers))
-    p = parts(visible, regions, scope(rule.of, visible, prompt), seen)
+    p = parts(visible, regions, scope(rule.of, visible, prompt), past.seen if past else None)
+    maps = trained or [Trained()] * len(layers)
     scores: list[Tensor] = []
     totals: list[Tensor | None] = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
@@ -66,13 +90,13 @@ def apply(
             continue
         before = scores[i - 1] if i else None
         state = observe(rule.score, a, chance)
-        if received is not None:
+        if past is not None and past.received is not None:
             (one,), (spec,) = state, rule.score.attention
-            new, old = over_group(one.total, spec.gqa), received[i]
+            new, old = over_group(one.total, spec.gqa), past.received[i]
             state = (Columns((torch.maximum(new, old) if spec.reduce == "max" else new + old).unsqueeze(2), one.seen),)
-        totals.append(None if received is None else state[0].total.squeeze(2))
-        found = score(rule.score, p, a.k, v, state, allowed=allowed, before=before)
-        scores.append(found if holes is None else found.masked_fill(holes[i], -torch.inf))
+        totals.append(None if past is None or past.received is None else state[0].total.squeeze(2))
+        own = score(rule.score, p, a.k, v, state, allowed=allowed, before=before, learned=maps[i].scores)
+        scores.append(own if past is None else own.masked_fill(past.holes[i], -torch.inf))
     if rule.budget.mass is not None or place is None or total == len(layers):
         number = counts(rule.budget, rule.alloc, p, len(layers), heads, torch.stack(scores), table)
     elif rule.alloc.kind == "waterfill":  # of heads: each layer by itself
@@ -80,16 +104,26 @@ def apply(
     else:
         number = counts(rule.budget, rule.alloc, p, total, heads, None, table)[first : first + len(layers)]
     most = capacity(rule, regions, tokens, total, heads) if rule.of is None else tokens
-    outcomes = []
+    found = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
         mask = kept(rule, p, scores[i], number[leader(i, rule.reuse)])
         stays = compact(mask, most)
-        outcomes.append(
+        found.append(
             Outcome(
                 stays,
-                None if rule.merge is None else merge(rule.merge, p, a.k, v, stays, scores=scores[i]),
+                None
+                if rule.merge is None
+                else merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=maps[i].mixer),
                 others(mask, visible) if rule.demote else None,
+                None if rule.fold is None else _folded(rule.fold, maps[i], a.k, v, visible.unsqueeze(1) & ~mask),
                 totals[i],
             )
         )
-    return outcomes
+    return found
+
+
+def _folded(spec: Fold, trained: Trained, k: Tensor, v: Tensor, going: Tensor) -> State:
+    if trained.maps is None:
+        raise ValueError(f"folding needs the trained maps of {spec.file!r}")
+    state = empty(trained.maps, len(k), v) if trained.state is None else trained.state
+    return fold(trained.maps, state, k, v, going)

@@ -70,12 +70,13 @@ def score(
     *,
     allowed: Tensor | None = None,
     before: Tensor | None = None,
+    learned: Tensor | None = None,
 ) -> Tensor:
     """fp32 [B, H, T], the higher the better; -inf where a slot is hidden, so that it never comes before a visible one.
 
     k, v: [B, H, T, D]; state: of `observe` or `step`; allowed: bool [B, T], tokens that meet the score's condition;
-    before: [B, H, T], the layer before, for scores across layers. Raises ValueError without `allowed` where it is
-    needed.
+    before: [B, H, T], the layer before, for scores across layers; learned: [B, H, T], what trained heads gave each
+    token when it was appended. Raises ValueError without `allowed` or `learned` where they are needed.
     """
     if spec.attention:
         several = [_finished(s, c, p, before) for s, c in zip(spec.attention, state, strict=True)]
@@ -84,6 +85,10 @@ def score(
     elif spec.kv is not None:
         name, number = spec.kv
         out = KV_SCORES[name](k, v, p, number)
+    elif spec.learned:
+        if learned is None:
+            raise ValueError(f"the score needs what the trained heads of {spec.learned!r} gave each token")
+        out = learned.to(accumulate_dtype(k))
     else:
         out = p.rank.to(accumulate_dtype(k)).unsqueeze(1).expand(-1, k.shape[1], -1)  # fifo: the oldest goes
     if spec.ascending:

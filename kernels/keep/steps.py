@@ -74,9 +74,8 @@ def leaves(policy: Policy, s: Slots, k: Tensor, v: Tensor, seen: Tensor, layer: 
     visible = rows(s.shown).squeeze(1)
     p = parts(visible, policy.regions, seen=seen.repeat_interleave(heads))
     rule = policy.rule
-    state = tuple(
-        Columns(rows(s.total).unsqueeze(2), torch.ones_like(s.total[:1, :1, :1])) for _ in rule.score.attention
-    )
+    one = Columns(rows(s.total).unsqueeze(2), torch.ones_like(s.total[:1, :1, :1]))
+    state = tuple(one for _ in rule.score.attention)
     k, v = (rows(x) if rule.score.kv else s.total.new_empty(batch * heads, 1, slots, 1) for x in (k, v))
     ranked = score(rule.score, p, k, v, state)
     number = counts(rule.budget, rule.alloc, p, layers, 1)[layer]
@@ -135,10 +134,9 @@ def put(view: Views, layout: Layout, slot: Tensor, x: Tensor) -> None:
         shift += bits
 
 
-def settle(
-    views: tuple[Views, Views], slot: Tensor, goes: Tensor, s: Slots, position: Tensor, sink: tuple[int, int]
-) -> None:
-    """Write headers and words after a step: the new token, at `position`, is in `slot`, and `goes` went."""
+def settle(views: tuple[Views, Views], slot: Tensor, goes: Tensor, s: Slots, position: Tensor, sink: int) -> None:
+    """Write headers and words after a step: the new token, at `position`, is in `slot`, and `goes` went. sink: slots
+    that are not encoded, of both."""
     words, header = views[0].words, views[0].header
     assert words is not None
     length = header[0, 0, LENGTH].clone()
@@ -157,7 +155,7 @@ def settle(
         slots = words.shape[-1]
         moved = torch.where(new > 0, s.total[..., -1:], torch.where(holes > 0, 0.0, s.total[..., :slots]))
         words[:, :, TOTAL].copy_(moved.view(torch.int32))
-    for view, exact in zip(views, sink, strict=True):
+    for view in views:
         view.header[..., LENGTH] = after
-        view.header[..., ENCODED] = (after - exact).clamp(min=0)
+        view.header[..., ENCODED] = (after - sink).clamp(min=0)
         view.header[..., EVICTED] = tail

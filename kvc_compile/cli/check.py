@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from typing import Any
 
 from kvc_compile.spec import CodecSpec, NotImplementedInSpec, Spec, SpecError, TensorSpec
 
 WIDTH = 128  # channels of a head, where bits per number depend on it
+LINE = 100  # characters
 COLUMNS = ("layers", "tensor", "stored as", "block", "middle", "sink", "recent", "flush", "bits/number")
 
 
@@ -50,6 +52,7 @@ def as_data(spec: Spec, refused: NotImplementedInSpec | None) -> dict[str, Any]:
         "name": spec.name,
         "digest": spec.digest,
         "not_implemented": list(refused.paths) if refused else [],
+        "notes": list(spec.origin.notes),
         "head_dim": WIDTH,
         "tensors": tensors,
         "expanded": spec.expanded(),
@@ -58,6 +61,8 @@ def as_data(spec: Spec, refused: NotImplementedInSpec | None) -> dict[str, Any]:
 
 def as_text(spec: Spec, refused: NotImplementedInSpec | None) -> str:
     lines = [f"{spec.name} ({spec.digest})", "", *("  " + line for line in spec.to_yaml().splitlines()), ""]
+    for note in spec.origin.notes:
+        lines += [*textwrap.wrap(note, LINE), ""]
     if refused:
         return "\n".join([*lines, "Well formed, but not implemented yet:", *(f"  {path}" for path in refused.paths)])
     rows: list[tuple[str, ...]] = [COLUMNS]

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from typing import Any
 
 from kvc_compile.cli.arguments import positive
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"ok": ok, **report.to_json(), "bytes": asdict(planned)}, indent=2))
         return 0 if ok else 1
     print(report.text(args.tokens, args.batch))
+    for note in request.spec.origin.notes:
+        print("\n".join(textwrap.wrap(note, 100)))
     if args.dump:
         print(f"The graphs are in {args.dump}.")
     return 0 if ok else 1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("demo", "presets", "check", "explain", "tune", "bench")  # modules of this package
+COMMANDS = ("demo", "presets", "check", "explain", "calibrate", "tune", "bench")  # modules of this package
 DESCRIPTION = "Compress the KV cache of a model under torch.compile, as a short spec file says."
 EPILOG = """\
 examples:

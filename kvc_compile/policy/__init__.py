@@ -5,9 +5,10 @@ semantics yet raises `Unbuilt`.
 """
 
 from .amount import Amount, Unbuilt
+from .heads import HeadGroup, groups_of
 from .policy import Policy, key_of, unbuilt, words_of
 from .query import Index, Query, query_of
-from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
+from .rule import Alloc, Budget, Diverse, Fold, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "AttentionScore",
     "Budget",
     "Diverse",
+    "Fold",
     "GraphDecay",
+    "HeadGroup",
     "Index",
     "Merge",
     "Policy",
@@ -26,6 +29,7 @@ __all__ = [
     "Rule",
     "Score",
     "Unbuilt",
+    "groups_of",
     "key_of",
     "query_of",
     "regions_of",

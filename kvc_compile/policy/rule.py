@@ -35,9 +35,9 @@ class Budget:
 class Alloc:
     """How a budget is shared by layers and heads, its sum unchanged.
 
-    kind: "uniform"; "pyramid" (`ratio` of the first to the last layer); "table" (beta: shares differ in 1/beta of the
-    budget); "waterfill" (one threshold over `scope`, with floor and cap as amounts of the budget); "mass" and "softmax"
-    (of `statistic`) over layers.
+    kind: "uniform"; "pyramid" (`ratio` of the first to the last layer); "table" (in `file`, or `rows` by layer and KV
+    head; beta: shares differ in 1/beta of the budget); "waterfill" (one threshold over `scope`, with floor
+    and cap as amounts of the budget); "mass" and "softmax" (of `statistic`) over layers.
     """
 
     kind: str = "uniform"
@@ -48,6 +48,7 @@ class Alloc:
     cap: Amount | None = None
     statistic: str = ""
     file: str = ""
+    rows: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,32 @@ class Merge:
     """Tokens that go are merged into tokens that stay.
 
     assign: "nearest" (cosine of keys), "nearest_pos", "adjacent" (runs of similar neighbours), "single" (one more
-    token). weight: "mean", "pivot", "exp_cos", "gauss" or "count". min_cos: below it a token is dropped; ema: instead,
-    a running threshold with this weight of the new mean.
+    token), "learned" (`slots` more tokens, mixed by the trained maps in `file`). weight: "mean", "pivot", "exp_cos",
+    "gauss" or "count". min_cos: below it a token is dropped; ema: instead, a running threshold with this weight of the
+    new mean.
     """
 
     assign: str
     weight: str = "mean"
     min_cos: float | None = None
     ema: float | None = None
+    file: str = ""
+    slots: int = 0
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Tokens that go are folded into a state of `rank` rows a head, by the trained maps in `file`."""
+
+    file: str
+    rank: int
 
 
 @dataclass(frozen=True)
 class Rule:
     """of: (region, number), None for all. when: the moments. chunk: tokens that stay or go together, and how their
     score is reduced. newest: tokens that come first within the budget. reuse: layers that keep the same tokens.
-    merge, demote: what becomes of the others; dropped with neither."""
+    merge, fold, demote: what becomes of the others; dropped with none."""
 
     budget: Budget = Budget()
     score: Score = FIFO
@@ -91,7 +103,14 @@ class Rule:
     diverse: Diverse | None = None
     reuse: int = 1
     merge: Merge | None = None
+    fold: Fold | None = None
     demote: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Of trained heads and maps that this rule needs."""
+        named = (self.score.learned, self.merge.file if self.merge else "", self.fold.file if self.fold else "")
+        return tuple(file for file in named if file)
 
 
 def regions_of(tokens: Mapping[str, Any]) -> Regions:
@@ -105,19 +124,21 @@ def regions_of(tokens: Mapping[str, Any]) -> Regions:
     return Regions(Amount.parse(sink), Amount.parse(recent))
 
 
-def rules_of(data: Any) -> tuple[Rule, ...]:
-    """From `keep:`, in order; () for off. Raises Unbuilt."""
+def rules_of(data: Any, trained: bool = False) -> tuple[Rule, ...]:
+    """From `keep:`, in order; () for off. trained: whether the caller hands in what the rules' files hold. Raises
+    Unbuilt, without it for rules that need such files."""
     if data in (None, "off"):
         return ()
-    return tuple(map(_rule, data if isinstance(data, list) else [data]))
+    rules = tuple(map(_rule, data if isinstance(data, list) else [data]))
+    if not trained and (files := [file for rule in rules for file in rule.files]):
+        raise Unbuilt(f"trained maps: {', '.join(files)}")
+    return rules
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:
     when = data.get("when", "prefill_end")
     unit = data.get("unit", "token")
     other = data.get("else", "drop")
-    if "fold" in other:
-        raise Unbuilt("else: fold")
     of, number = call(data["of"]) if "of" in data else ("", "")
     if of == "visual":
         raise Unbuilt("of: visual")
@@ -135,6 +156,7 @@ def _rule(data: Mapping[str, Any]) -> Rule:
         diverse=None if diverse is None else _diverse(diverse),
         reuse=2 if reuse == "pair" else int(layers),
         merge=_merge(other["merge"]) if "merge" in other else None,
+        fold=Fold(other["fold"]["map"], other["fold"]["rank"]) if "fold" in other else None,
         demote="demote" in other,
     )
 
@@ -158,6 +180,8 @@ def _alloc(data: Any) -> Alloc:
         if kind in data:
             cap = Amount.parse(data["cap"]) if "cap" in data else None
             floor, beta = Amount.parse(data.get("floor", 0)), data.get("beta", 1.0)
+            if isinstance(data[kind], list):
+                return Alloc(kind, beta=beta, rows=tuple(map(tuple, data[kind])))
             return Alloc(kind, beta=beta, floor=floor, cap=cap, **{field: data[kind]})
     return Alloc("mass")
 
@@ -170,8 +194,8 @@ def _diverse(data: Mapping[str, Any]) -> Diverse:
 
 
 def _merge(data: Mapping[str, Any]) -> Merge:
-    if data["assign"].startswith("learned"):
-        raise Unbuilt(f"else.merge.assign: {data['assign']}")
+    assign, file = call(data["assign"])
     least = data.get("min_cos")
     ema = float(call(least)[1]) if isinstance(least, str) else None
-    return Merge(data["assign"], data.get("weight", "mean"), None if ema is not None else least, ema)
+    least = None if ema is not None else least
+    return Merge(assign, data.get("weight", "mean"), least, ema, file, data.get("slots", 0))

@@ -50,12 +50,15 @@ class GraphDecay:
 @dataclass(frozen=True)
 class Score:
     """attention: several are combined by `combine` ("max" or "sum"). kv: (name, number) of a score of keys and values.
-    With neither, the newest token is the best (fifo). ascending: the lowest stay. mask: a condition that tokens must
+    learned: the file of trained heads, and inputs, what they look at. With none, the newest token is the best (fifo).
+    ascending: the lowest stay. mask: a condition that tokens must
     meet; decay: GraphKV's filter. Filters come after the order."""
 
     attention: tuple[AttentionScore, ...] = ()
     combine: str = "sum"
     kv: tuple[str, int] | None = None
+    learned: str = ""
+    inputs: tuple[str, ...] = ("q", "k", "v")
     ascending: bool = False
     mask: str | None = None
     decay: GraphDecay | None = None
@@ -69,15 +72,17 @@ class Score:
 
     @property
     def fifo(self) -> bool:
-        return not self.attention and self.kv is None
+        return not self.attention and self.kv is None and not self.learned
 
 
 def score_of(data: Any) -> Score:
     """From `score:` of an expanded spec; nothing said is fifo. Raises Unbuilt."""
     if data is None or data == "fifo":
         return Score()
-    if not isinstance(data, Mapping) or "learned" in data:
-        raise Unbuilt(f"score: {data if isinstance(data, str) else 'learned'}")
+    if not isinstance(data, Mapping):
+        raise Unbuilt(f"score: {data}")
+    if "." not in data.get("learned", "."):
+        raise Unbuilt(f"score.learned: {data['learned']}, a name")
     attention = data.get("attn", [])
     then = data.get("then")
     mask = decay = None
@@ -93,6 +98,8 @@ def score_of(data: Any) -> Score:
         attention=tuple(map(_attention, attention if isinstance(attention, list) else [attention])),
         combine=data.get("combine", "sum"),
         kv=_kv(data["kv"]) if "kv" in data else None,
+        learned=data.get("learned", ""),
+        inputs=tuple(data.get("in", Score.inputs)),
         ascending=data.get("order") == "asc",
         mask=mask,
         decay=decay,

@@ -6,8 +6,10 @@ import copy
 from typing import Any
 
 from . import schema
-from .errors import Path
+from .errors import Path, show_path
 from .grammar import Context
+from .heads import RESERVED
+from .rules import replaces, rules_of
 
 Data = dict[str, Any]
 _KINDS = frozenset(("int", "fp", "levels", "lut", "vq"))
@@ -33,11 +35,15 @@ def expand(spec: Data, ctx: Context) -> Data:
 
 
 def _spec(spec: Data, path: Path, ctx: Context) -> Data:
-    out = _fragment(spec, path, ctx, base=True)
+    single = _single(spec)
+    out = _fragment(spec, path, ctx, single, base=True)
     for scope in ("layers", "heads"):
         for name, item in out.get(scope, {}).items():
-            if isinstance(item, dict):
-                out[scope][name] = _fragment(item, (*path, scope, name), ctx, base=False)
+            if isinstance(item, dict) and name not in RESERVED:
+                inner = _single(item) if "keep" in item else single
+                if inner and not single and "bits" in spec and not {"bits", "k", "kv"} & item.keys():
+                    item = {**item, "bits": spec["bits"]}  # in other blocks than the base's
+                out[scope][name] = _fragment(item, (*path, scope, name), ctx, inner, base=False)
     if "draft" in out:
         draft = out["draft"]
         draft["spec"] = _spec(draft["spec"], (*path, "draft", "spec"), ctx)
@@ -46,13 +52,18 @@ def _spec(spec: Data, path: Path, ctx: Context) -> Data:
     return out
 
 
-def _fragment(fragment: Data, path: Path, ctx: Context, base: bool) -> Data:
+def _single(fragment: Data) -> bool:
+    """Whether single tokens are replaced at every step, so that keys cannot lie in blocks of tokens."""
+    return any(map(replaces, rules_of(fragment.get("keep"))))
+
+
+def _fragment(fragment: Data, path: Path, ctx: Context, single: bool, base: bool) -> Data:
     out = copy.deepcopy({key: value for key, value in fragment.items() if key not in schema.SHORT})
     if "kv" in out and "joint" not in out["kv"].get("basis", {}):
         both = out.pop("kv")
         for side in ("k", "v"):
             out[side] = copy.deepcopy(merge(both, out.get(side, {})))
-    _bits(fragment, out, path, ctx)
+    _bits(fragment, out, path, ctx, single)
     _rank_and_share(fragment, out, path, ctx)
     if "budget" in fragment:
         _put(out, "keep", _snapkv(fragment), "budget", path, ctx)
@@ -71,11 +82,17 @@ def _sides(value: Any) -> Data:
     return value if isinstance(value, dict) else {"k": value, "v": value}
 
 
-def _bits(fragment: Data, out: Data, path: Path, ctx: Context) -> None:
+def _bits(fragment: Data, out: Data, path: Path, ctx: Context, single: bool) -> None:
     if "bits" not in fragment:
         return
     for side, bits in _sides(fragment["bits"]).items():
-        codec = {"fp": 16} if bits == 16 else {"int": bits, "block": list(schema.SHORT_BLOCKS[side])}
+        block = schema.SHORT_SINGLE if single and side == "k" else schema.SHORT_BLOCKS[side]
+        codec = {"fp": 16} if bits == 16 else {"int": bits, "block": list(block)}
+        if block is schema.SHORT_SINGLE and bits != 16:
+            where = show_path((*path, "k", "codec", "block"))
+            blocks = f"{block} and not {schema.SHORT_BLOCKS['k']}"
+            why = "`keep` replaces single tokens at every step"
+            ctx.notes.append(f"{where}: {blocks}, as {why}. Keys lose more by it: see docs/spec.md")
         _put(out.setdefault(side, {}), "codec", codec, "bits", (*path, side), ctx)
 
 

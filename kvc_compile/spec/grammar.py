@@ -35,6 +35,8 @@ class Context:
     todo: list[tuple[str, str]] = field(default_factory=list)  # (key path, what of it is not implemented)
     lines: dict[Path, int | None] = field(default_factory=dict)
     planned: int = 0  # > 0 inside a key that is itself in `todo`
+    notes: list[str] = field(default_factory=list)  # what the short form did that its author may not expect
+    files: list[str] = field(default_factory=list)  # artefacts that are named, in the spec's folder
 
     def fail(
         self,
@@ -338,6 +340,7 @@ class File(Scalar):
             ctx.fail(path, "the file lies outside the spec's folder", node, "a file in the spec's folder or below")
         if value.endswith(".pt"):
             ctx.todo.append((show_path(path), f"{value} is a pickle, which can run code: convert to safetensors"))
+        ctx.files.append(value)
         return value
 
     @staticmethod

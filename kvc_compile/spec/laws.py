@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import laws_tokens, ranges, schema
+from . import heads, laws_tokens, ranges, schema
 from .errors import Path, nearest, show
 from .expand import _KINDS, Data, scoped
 from .grammar import Context
@@ -17,6 +17,8 @@ def check(spec: Data, ctx: Context, path: Path = ()) -> None:
     names = [name for name in spec.get("layers", {}) if name != "kv_of"]
     ranges.check(names, (*path, "layers"), ctx)
     _kv_of(spec, path, ctx)
+    if "heads" in spec:
+        heads.check(spec["heads"], (*path, "heads"), ctx)
     for where, fragment in scopes(spec, path):
         own = {key: part for key, part in fragment.items() if fragment is spec or part is not spec.get(key)}
         _codecs(own, where, spec.get("calib", {}), ctx)
@@ -32,12 +34,16 @@ def check(spec: Data, ctx: Context, path: Path = ()) -> None:
 
 
 def scopes(spec: Data, path: Path = ()) -> Iterator[tuple[Path, Data]]:
-    """The base and, laid over it, every scope of an expanded spec."""
+    """The base and, laid over it, every scope of an expanded spec: layers, classes of heads, and these in those."""
     yield path, spec
     for scope in ("layers", "heads"):
         for name, fragment in spec.get(scope, {}).items():
-            if isinstance(fragment, dict):
+            if isinstance(fragment, dict) and name not in heads.RESERVED:
                 yield (*path, scope, name), scoped(spec, fragment)
+    for name, fragment in spec.get("heads", {}).items():
+        for layer in spec.get("layers", {}).values():
+            if isinstance(fragment, dict) and name not in heads.RESERVED and isinstance(layer, dict):
+                yield (*path, "heads", name), scoped(scoped(spec, layer), fragment)
 
 
 def _fragment(f: Data, path: Path, ctx: Context) -> None:
@@ -45,6 +51,8 @@ def _fragment(f: Data, path: Path, ctx: Context) -> None:
     _rope(f, path, ctx)
     _ages(f, path, ctx)
     laws_tokens.check(f, path, ctx)
+    if "heads" in path:
+        laws_tokens.by_class(f, path, ctx)
     for side in ("k", "v"):
         tensor_of(f, side, path, ctx)
 

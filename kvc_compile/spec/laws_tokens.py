@@ -7,13 +7,13 @@ where their tokens must be the same, and positions where the stored ones no long
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 from kvc_compile.policy import unbuilt
 
 from .errors import Path, nearest
 from .expand import Data
 from .grammar import Context
+from .rules import moments, replaces, rules_of
 
 STATISTICS = ("attn_variance",)  # of a layer's scores, for `alloc: {softmax: ..}`
 
@@ -21,7 +21,7 @@ STATISTICS = ("attn_variance",)  # of a layer's scores, for `alloc: {softmax: ..
 def check(f: Data, path: Path, ctx: Context) -> None:
     """Refuses what cannot work in an expanded fragment."""
     keep = f.get("keep", "off")
-    rules = [] if keep == "off" else keep if isinstance(keep, list) else [keep]
+    rules = rules_of(keep)
     for i, rule in enumerate(rules):
         where = (*path, "keep", i) if isinstance(keep, list) else (*path, "keep")
         _shared_layers(rule, f, where, ctx)
@@ -39,9 +39,35 @@ def check(f: Data, path: Path, ctx: Context) -> None:
         _select(f["select"], (*path, "select"), ctx)
 
 
-def _moments(rule: Data) -> list[Any]:
-    when = rule.get("when", "prefill_end")
-    return when if isinstance(when, list) else [when]
+def by_class(f: Data, path: Path, ctx: Context) -> None:
+    """Heads of a class lie elsewhere in each layer, so nothing can be shared with the heads of another."""
+    for side in ("k", "v", "kv"):
+        repr_ = f.get(side, {})
+        over = repr_.get("basis", {}).get("over", "head")
+        if over != "head" or "joint" in repr_.get("basis", {}):
+            found = over if over != "head" else "a joint latent"
+            ctx.fail((*path, side, "basis"), "this map mixes heads of several classes", str(found), "over: head")
+        if "ref" in repr_:
+            where = (*path, side, "ref")
+            ctx.fail(
+                where, "the other layer has other heads in this class", "a class of heads", "no `ref`, or no `heads`"
+            )
+    keep = f.get("keep", "off")
+    for i, rule in enumerate(rules_of(keep)):
+        where = (*path, "keep", i) if isinstance(keep, list) else (*path, "keep")
+        if "reuse" in rule:
+            ctx.fail((*where, "reuse"), "the other layers have other heads in this class", rule["reuse"], "no `reuse`")
+        alloc = rule.get("alloc", "uniform")
+        if alloc != "uniform" and alloc.get("waterfill") != "head":
+            ctx.fail(
+                (*where, "alloc"),
+                "layers cannot share a budget: they have other heads in this class",
+                next(iter(alloc)),
+                "uniform, or waterfill: head",
+            )
+    if isinstance(f.get("select"), dict) and "reuse" in f["select"]:
+        where = (*path, "select", "reuse")
+        ctx.fail(where, "the other layers have other heads in this class", f["select"]["reuse"], "no `reuse`")
 
 
 def _shared_layers(rule: Data, f: Data, path: Path, ctx: Context) -> None:
@@ -95,9 +121,8 @@ def _number(call: str) -> int:
 def _in_blocks(rule: Data, f: Data, path: Path, ctx: Context) -> None:
     """A single slot inside a block over tokens cannot be overwritten, nor merged into while others stay encoded."""
     merges = "merge" in rule.get("else", "drop")
-    fifo = rule.get("score") == "fifo" and not merges
-    if "append" not in _moments(rule) or fifo or rule.get("budget") == 0:
-        return  # the oldest leave a block one after the other, and where the body is empty there is none
+    if not replaces(rule):
+        return
     for side in ("k", "v", "kv"):
         codec = f.get(side, {}).get("codec", {})
         for one in codec if isinstance(codec, list) else [codec]:
@@ -119,7 +144,7 @@ def _demoted(rule: Data, path: Path, ctx: Context) -> None:
     codec = demote.get("codec", {})
     for one in codec if isinstance(codec, list) else [codec]:
         tokens = one.get("block", [1, "all"])[0]
-        if tokens != 1 and "append" in _moments(rule):
+        if tokens != 1 and "append" in moments(rule):
             ctx.fail(
                 (*path, "else", "demote", "codec", "block"),
                 f"tokens are demoted one at a time, and a block spans {tokens} of them",
@@ -189,10 +214,16 @@ def _merge(rule: Data, path: Path, ctx: Context) -> None:
         ctx.fail((*where, "min_cos"), "one token takes all the others", "assign: single", "nearest, or no `min_cos`")
     if isinstance(least, str) and assign != "nearest":
         ctx.fail((*where, "min_cos"), "a running mean is of the nearest tokens", f"assign: {assign}", "nearest")
-    if "slots" in merge and not assign.startswith("learned"):
+    learned = assign.startswith("learned")
+    if "slots" in merge and not learned:
         ctx.fail(
             (*where, "slots"), "only with a learned assignment", f"assign: {assign}", "learned(FILE), or no `slots`"
         )
+    if learned and "slots" not in merge:
+        ctx.fail(where, "a trained mix has a fixed number of slots", "no `slots`", "slots: 64, as it was trained")
+    for key in ("min_cos", "weight"):
+        if learned and key in merge:
+            ctx.fail((*where, key), "the trained maps decide what becomes of a token", str(merge[key]), f"no `{key}`")
 
 
 def _disjoint(rules: list[Data], path: Path, ctx: Context) -> None:

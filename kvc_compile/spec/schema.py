@@ -35,6 +35,7 @@ BITS = (1, 2, 3, 4, 8)  # of an int codec
 BLOCK_TOKENS = (1, 16, 32, 64, 128)  # tokens that can share one scale: the packing of 16-token tiles
 SHORT_BITS = (*BITS, 16)
 SHORT_BLOCKS = {"k": [32, 1], "v": [1, 64]}  # what `bits:` expands to: keys by channel, values by token (KIVI)
+SHORT_SINGLE = [1, 32]  # of keys instead, where single tokens are replaced: as many bytes, but outliers share a scale
 SHORT_TOKENS = {"sink": 4, "recent": {"k": 64, "v": 32}}  # what `bits:` adds where `tokens:` is absent
 SHORT_PROBE = {"sink": 4, "recent": 32}  # what `budget:` adds where `tokens:` is absent (SnapKV's window)
 BUILT_IN_LUTS = ("nf4",)
@@ -69,7 +70,8 @@ AMOUNT = part("amount")
 PARTS["amount"] = OneOf(
     TOKENS, PERCENT, Ratio(), Expr(("n",))
 )  # of tokens, channels or dims, whichever the key is about
-TABLE = Key(File(), "per-layer or per-head numbers", required=True)
+CELL = OneOf(Num(-1e6, 1e6), NAME)
+TABLE = OneOf(File(), List(List(CELL, hi=1024), hi=1024))  # a row for each layer, an entry for each KV head
 
 
 def just(key: str, kind: Type, doc: str) -> Map:
@@ -100,7 +102,7 @@ PARTS["alloc"] = OneOf(
     Map(
         {
             "pyramid": Key(Num(0, 1000), "linear over layers, with this ratio of first to last"),
-            "table": Key(File(), "shares from a file"),
+            "table": Key(TABLE, "shares of layers and heads"),
             "waterfill": Key(Enum("head", "layer", "model"), "one threshold over this scope"),
             "mass": Key(Enum("layer"), "by the attention mass that a layer's best tokens hold"),
             "softmax": Key(NAME, "softmax over layers of this statistic"),
@@ -552,8 +554,18 @@ LAYERS = Map(
         Key(part("fragment"), 'what differs in these layers: "0,1", "0..3", "16..31 by 2", "-1" is the last', True),
     ),
 )
+HEADS_TOP = OneOf(COUNT, PERCENT)
 HEADS = Map(
-    {"table": TABLE},
+    {
+        "table": Key(TABLE, "by layer and KV head: the name of a class, or a score", required=True),
+        "top": Key(
+            Map(
+                {}, open=(NAME, Key(OneOf(HEADS_TOP, Map({}, open=(NAME, Key(HEADS_TOP, "of one table")))), "how many"))
+            ),
+            "of scores: which class the best heads of the model are in, and how many they are; by several tables of "
+            "a file: {CLASS: {TABLE: 14%}}",
+        ),
+    },
     open=(NAME, Key(part("fragment"), "what differs in the heads of this class")),
 )
 SPEC_KEYS: dict[str, Key] = {

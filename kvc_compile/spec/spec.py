@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -17,7 +17,8 @@ import yaml
 
 from kvc_compile.policy import key_of
 
-from . import laws, ranges, source
+from . import artefacts, heads, laws, ranges, source
+from .artefacts import Artefact, Place
 from .errors import NotImplementedInSpec, Path, SpecError, nearest, show
 from .expand import expand, scoped
 from .grammar import Context
@@ -34,19 +35,23 @@ class Origin:
 
     file: str | None = None
     todo: tuple[tuple[str, str], ...] = ()  # key path, what of it
+    folder: str | None = None  # where artefacts are
+    notes: tuple[str, ...] = ()  # what the short form did that its author may not expect
 
 
 @dataclass(frozen=True)
 class Spec:
     """How a model's KV cache is stored, kept and read. Equal specs say the same, whatever their names and spelling.
 
-    content: the expanded spec as canonical JSON; name, description: for people.
+    content: the expanded spec as canonical JSON; artefacts: the files it names, so far as they are there, as they were
+    when it was read; name, description: for people.
     """
 
     content: str
     name: str = field(default="", compare=False)
     description: str = field(default="", compare=False)
     origin: Origin = field(default=Origin(), compare=False, repr=False)
+    artefacts: tuple[Artefact, ...] = field(default=(), repr=False)
 
     @staticmethod
     def load(x: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Spec:
@@ -80,7 +85,8 @@ class Spec:
     @cached_property
     def digest(self) -> str:
         """12 hex digits that stand for the content."""
-        return hashlib.sha256(self.content.encode()).hexdigest()[:12]
+        files = "".join(f"\n{a.name} {a.digest}" for a in self.artefacts)
+        return hashlib.sha256((self.content + files).encode()).hexdigest()[:12]
 
     @property
     def _nameless(self) -> str:
@@ -111,6 +117,59 @@ class Spec:
         error = NotImplementedInSpec(f"not implemented yet: {shown}", file=self.origin.file)
         error.paths = self.missing
         raise error
+
+    def artefact(self, name: str, *path: str | int) -> FilePath:
+        """The file `name` that the spec asks for at the key `path`. Raises SpecError if it is not there, or not the one
+        that was there when the spec was read."""
+        at = Place(self.origin.file, path, name)
+        if self.origin.folder is None:
+            at.fail(
+                "the spec has no folder to find it in", "a mapping or a preset", "a spec in a file, beside this one"
+            )
+        known = {a.name: a.digest for a in self.artefacts}
+        file = FilePath(self.origin.folder) / name
+        if name not in known:
+            at.fail("no such file", f"nothing in {self.origin.folder} of that name", "a file beside the spec")
+        if not file.is_file() or artefacts.digest(file) != known[name]:
+            at.fail("the file has changed since the spec was read", str(file), "the file as it was, or a new Spec.load")
+        return file
+
+    def table(self, data: Any, kv_heads: Sequence[int], *path: str | int) -> tuple[tuple[float, ...], ...]:
+        """Numbers by layer and KV head, of `alloc.table` for instance. data: what the spec says at the key `path`, rows
+        or the name of a file; kv_heads: KV heads of each layer. Raises SpecError where they do not fit."""
+        at = Place(self.origin.file, path, data if isinstance(data, str) else "table")
+        found = (
+            artefacts.tables(self.artefact(data, *path), at)
+            if isinstance(data, str)
+            else {"": artefacts.rows(data, at)}
+        )
+        if len(found) != 1:
+            at.fail("nothing says which table counts", ", ".join(sorted(found)) or "no table", "a file with one table")
+        (rows,) = found.values()
+        if isinstance(rows[0][0], str):
+            at.fail("names where numbers are needed", repr(rows[0][0]), "numbers by layer and KV head")
+        return tuple(tuple(map(float, row)) for row in artefacts.shaped(rows, kv_heads, at))
+
+    def head_classes(self, kv_heads: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+        """The class of each KV head, by layers: the names under `heads:`; () without them. kv_heads: KV heads of each
+        layer of the model. Raises SpecError where the table is not there or does not fit the model."""
+        data = json.loads(self.content).get("heads")
+        if data is None:
+            return ()
+        path, name = ("heads", "table"), data["table"]
+        at = Place(self.origin.file, path, name if isinstance(name, str) else "table")
+        if isinstance(name, str):
+            return heads.resolve(data, artefacts.tables(self.artefact(name, *path), at), kv_heads, at)
+        return heads.resolve(data, {"": artefacts.rows(name, at)}, kv_heads, at)
+
+    def fragment(self, i: int, n_layers: int, head_class: str | None = None) -> dict[str, Any]:
+        """What holds in layer i of a model of `n_layers` layers, in the heads of a class, as plain data: tokens, k, v,
+        keep, select, attend. A class is laid over the layer. Raises SpecError if a layer is out of range."""
+        data = json.loads(self.content)
+        names = [name for name in data.get("layers", {}) if name != "kv_of"]
+        owner = ranges.resolve(names, n_layers, ("layers",), Context(self.origin.file))
+        found = scoped(data, data["layers"][owner[i]] if i in owner else {})
+        return scoped(found, {} if head_class is None else data["heads"][head_class])
 
     def layer(self, i: int, n_layers: int) -> LayerSpec:
         """What holds for layer i of a model of `n_layers` layers.
@@ -194,12 +253,20 @@ def _build(root: Node, file: str | None, folder: FilePath | None, name: str) -> 
     names = {key: full.pop(key, "") for key in ("name", "description")}
     # a second check puts the keys into the vocabulary's order, which makes the text canonical
     full = SPEC.check(source.from_data(full, file), (), Context(file))
-    spec = Spec(json.dumps(full), names["name"], names["description"], Origin(file, tuple(dict.fromkeys(ctx.todo))))
+    origin = Origin(file, tuple(dict.fromkeys(ctx.todo)), None if folder is None else str(folder), tuple(ctx.notes))
+    files = () if folder is None else _artefacts(folder, ctx.files)
+    spec = Spec(json.dumps(full), names["name"], names["description"], origin, files)
     if spec.name:
         return spec
     # a file may have any name, also one that could not be written into a spec
     fits = 0 < len(name) <= 80 and name.isprintable()
     return replace(spec, name=name if fits else spec._nameless)
+
+
+def _artefacts(folder: FilePath, names: list[str]) -> tuple[Artefact, ...]:
+    """Those that are there: a calibration can come later."""
+    there = [name for name in sorted(set(names)) if (folder / name).is_file()]
+    return tuple(Artefact(name, artefacts.digest(folder / name)) for name in there)
 
 
 def _lines(root: Node) -> dict[Path, int | None]:
@@ -221,8 +288,8 @@ def _lines(root: Node) -> dict[Path, int | None]:
 
 
 def _layer(fragment: dict[str, Any]) -> LayerSpec:
-    tensors = [tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v")]
-    return LayerSpec(*tensors, key_of(fragment))
+    k, v = (tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v"))
+    return LayerSpec(k, v, key_of(fragment))
 
 
 def _scopes(data: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -139,15 +139,17 @@ def test_decoding_equals_the_reference(device, k, v, dtype, dk, dv, heads, group
     assert difference(device, kl, vl, groups, cached, n, mask, splits) < tolerance(kl, vl)
 
 
-@pytest.mark.parametrize("cap, shares", [(0.7, False), (0.0, True), (3.0, True)])
 @pytest.mark.parametrize(
-    "k, v, groups, cached, n, mask, splits",
+    "k, v, groups, cached, n, mask, splits, cap, shares",
     [
-        ("int4z.64x1", "int4z.1x64", 4, 300, 1, "none", 1),
-        ("int4z.64x1", "int4z.1x64", 2, 300, 3, "add_h", 3),
-        ("int8.1x64", "int8.1x64", 3, 200, 1, "causal", 2),
-        ("int2z.32x1", "raw", 4, 400, 1, "padded", 2),
-        ("raw", "raw", 4, 0, 1, "none", 1),
+        ("int4z.64x1", "int4z.1x64", 4, 300, 1, "none", 1, 3.0, True),
+        ("int4z.64x1", "int4z.1x64", 2, 300, 3, "add_h", 3, 0.7, False),
+        ("int4z.64x1", "int4z.1x64", 2, 200, 3, "add_h", 3, 0.0, True),
+        ("int8.1x64", "int8.1x64", 3, 200, 1, "causal", 2, 0.7, False),
+        ("int8.1x64", "int8.1x64", 3, 200, 1, "causal", 2, 3.0, True),
+        ("int2z.32x1", "raw", 4, 400, 1, "padded", 2, 0.0, True),
+        ("raw", "raw", 4, 0, 1, "none", 1, 0.7, False),
+        ("raw", "raw", 4, 0, 1, "none", 1, 3.0, True),
     ],
 )
 def test_capped_scores_and_sinks(device, k, v, groups, cached, n, mask, splits, cap, shares):
@@ -157,10 +159,10 @@ def test_capped_scores_and_sinks(device, k, v, groups, cached, n, mask, splits, 
 
 @pytest.mark.parametrize(
     "k, v, groups, n, mask, splits, shown",
-    [("int4z.64x1", "int4z.1x64", 4, 1, "none", 3, tokens) for tokens in (0, 1, 33, 100, 295, 400)]
-    + [("int4z.64x1", "int2z.1x64", 2, 3, "causal", 2, tokens) for tokens in (0, 2, 64, 299)]
-    + [("int8.1x64", "int8.1x64", 3, 1, "bool", 2, tokens) for tokens in (50, 290)]
-    + [("raw", "raw", 2, 2, "padded_add", 1, tokens) for tokens in (100, 250)],
+    [("int4z.64x1", "int4z.1x64", 4, 1, "none", 3, tokens) for tokens in (0, 1, 33, 295, 400)]
+    + [("int4z.64x1", "int2z.1x64", 2, 3, "causal", 2, tokens) for tokens in (2, 299)]
+    + [("int8.1x64", "int8.1x64", 3, 1, "bool", 2, tokens) for tokens in (290,)]
+    + [("raw", "raw", 2, 2, "padded_add", 1, tokens) for tokens in (100,)],
 )
 def test_sliding_windows(device, k, v, groups, n, mask, splits, shown):
     """Only the last tokens of the cache are seen, and the mask begins at the first of them."""
@@ -235,7 +237,7 @@ def test_what_the_kernel_takes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_configurations(device, seed):
     """What is wrong shows as a large error; how exact the kernel is has tests of its own."""
     dice = random.Random(seed)
@@ -251,7 +253,7 @@ def test_random_configurations(device, seed):
     kl = replace(kl, recent=kl.flush + dice.randint(0, 40))
     vl = replace(vl, recent=dice.choice((1, 5, 16, 33, 60)))
     assert takes(kl, vl, n * groups, getattr(torch, dtype)) or min(dk & -dk, dv) < 16
-    cached = dice.randint(90, 420)
+    cached = dice.randint(90, 300)
     mask = dice.choice(("none", "causal", "bool", "bool_h", "add", "add_inf", "padded", "padded_add"))
     splits = dice.choice((1, 2, 3, 9, None))
     found = difference(device, kl, vl, groups, cached, n, mask, splits, batch=dice.randint(1, 2))

@@ -58,6 +58,20 @@ def test_check_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["error"]["nearest"] == "bits"
 
 
+def test_check_says_what_bits_became(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("kvc: 1\nbits: 4\nkeep: {when: append, budget: 9, score: {kv: norm}}\n")
+    kvc("check", str(path))
+    out = capsys.readouterr().out
+    assert "k.codec.block: [1, 32] and not [32, 1]" in out and max(map(len, out.splitlines())) <= 100
+    kvc("check", str(path), "--json")
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "replaces single tokens" in note
+    path.write_text("kvc: 1\nbits: 4\n")
+    kvc("check", str(path), "--json")
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
 def test_check_names_what_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("kvc: 1\nbits: 4\nbudget: 25%\n")

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc_compile.spec import Spec, SpecError
+from kvc_compile.spec import Spec, SpecError, presets
+from kvc_compile.spec.spec import preset_text
 
 ATTN = {"attn": {"probe": "last 32", "reduce": "sum"}}
 GROUPED = {"codec": {"int": 4, "block": [32, 1]}}
@@ -86,6 +87,11 @@ ILLEGAL = {
         "keep.else.merge.min_cos",
     ),
     "slots of no map": (kept(**{"else": {"merge": {**MERGE, "slots": 4}}}), "keep.else.merge.slots"),
+    "a trained mix of no size": (kept(**{"else": {"merge": {"assign": "learned(m.safetensors)"}}}), "keep.else.merge"),
+    "a trained mix with a threshold": (
+        kept(**{"else": {"merge": {"assign": "learned(m.safetensors)", "slots": 4, "min_cos": 0.5}}}),
+        "keep.else.merge.min_cos",
+    ),
     "two rules about the same tokens": (
         {"keep": [{"of": "prompt", "budget": 9}, {"of": "prompt", "budget": 3}]},
         "keep[1].of",
@@ -158,6 +164,50 @@ def test_scopes_are_checked_too() -> None:
             Spec.load({"k": GROUPED, scope: inner})
         assert error.value.path.startswith(scope) and error.value.path.endswith("keep.when")
         Spec.load({scope: inner})
+
+
+OWN_CODECS = {"quantized-pruning", "zipcache", "zipvl"}  # `bits` would say the same key twice
+SINGLE = {"d2o", "h2o", "keyformer", "less", "mikv"}  # single tokens make place for others
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name not in OWN_CODECS])
+def test_every_method_takes_bits(name: str) -> None:
+    data = yaml.safe_load(preset_text(name))
+    if not {"keep", "select", "heads"} & data.keys():
+        pytest.skip("a codec already")
+    spec = Spec.load({**data, "bits": 4})
+    full = spec.expanded()
+    single = name in SINGLE
+    assert full["k"]["codec"] == {"int": 4, "block": [1, 32] if single else [32, 1]}
+    assert full["v"]["codec"] == {"int": 4, "block": [1, 64]}
+    assert len(spec.origin.notes) == single
+    for note in spec.origin.notes:
+        assert "replaces single tokens" in note and note.startswith("k.codec.block: [1, 32] and not [32, 1]")
+    assert not Spec.load({**data, "bits": {"k": 16, "v": 4}}).origin.notes
+
+
+def test_a_scope_whose_rule_replaces_tokens_has_blocks_of_its_own() -> None:
+    often = {"keep": {"budget": 9, "when": "append", "score": ATTN}}
+    for scope in ({"layers": {"0": often}}, {"heads": {"table": [["a", "b"]], "a": often, "b": {}}}):
+        full = Spec.load({"bits": {"k": 4, "v": 2}, **scope}).expanded()
+        inner = full.get("layers", {}).get("0") or full["heads"]["a"]
+        assert full["k"]["codec"]["block"] == [32, 1] and inner["k"]["codec"] == {"int": 4, "block": [1, 32]}
+        assert inner["v"]["codec"] == full["v"]["codec"] == {"int": 2, "block": [1, 64]}
+    # what the scope says itself holds
+    own = {"layers": {"0": {**often, "bits": 8}}}
+    assert Spec.load({"bits": 4, **own}).expanded()["layers"]["0"]["k"]["codec"] == {"int": 8, "block": [1, 32]}
+    with pytest.raises(SpecError, match="single tokens"):
+        Spec.load({"bits": 4, "layers": {"0": {**often, "k": GROUPED}}})
+    assert "k" not in Spec.load({"bits": 4, **often, "layers": {"0": often}}).expanded()["layers"]["0"]
+    # and a rule that is off where the base replaces tokens changes no blocks
+    assert "k" not in Spec.load({"bits": 4, **often, "layers": {"0": {"keep": "off"}}}).expanded()["layers"]["0"]
+
+
+def test_a_window_of_keep_may_be_smaller_than_a_block() -> None:
+    """It is about which tokens stay; without a rule it is about what is exact, and has to fit."""
+    Spec.load({"bits": 4, "tokens": {"recent": 8}, **kept()})
+    with pytest.raises(SpecError, match="must fit"):
+        Spec.load({"bits": 4, "tokens": {"recent": 8}})
 
 
 CODECS: Any = st.sampled_from([{}, {"int": 4, "block": [32, 1]}, {"int": 2, "block": [1, 32]}, {"fp": 8}])
