@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvc_compile.layout import Codec, Layout
+from kvc_compile.reading import Reading, readings
 from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 from kvc_compile.spec import Spec, TensorSpec
 
@@ -41,11 +42,12 @@ class Slide:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The layouts of one attention's cache pair."""
+    """The layouts of one attention's cache pair, and what it reads of them where the spec has `select`."""
 
     site: Site
     key: Layout
     value: Layout
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def make_plan(
     """Plan every site. `existing` names buffers that are compressed already: they keep their layout."""
     existing = existing or {}
     layers = 1 + max((s.layer for s in found if isinstance(s, Site)), default=0)
+    read = readings(found, spec)
     entries: list[SitePlan | Declined] = []
     for s in found:
         if isinstance(s, Declined):
@@ -92,7 +95,8 @@ def make_plan(
             continue
         asked = spec.layer(s.layer, layers)
         key = existing.get(s.key.buffer) or layout_of(asked.k, s.key, device)
-        entries.append(SitePlan(s, key, existing.get(s.value.buffer) or layout_of(asked.v, s.value, device)))
+        value = existing.get(s.value.buffer) or layout_of(asked.v, s.value, device)
+        entries.append(SitePlan(s, key, value, read.get(s.index)))
     return Plan(tuple(entries))
 
 

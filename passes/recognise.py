@@ -153,6 +153,8 @@ def match(index: int, a: Attention, writers: Writers) -> Match:
         where=where(a.node),
         cap=a.cap,
         sinks=a.sinks.name if a.sinks is not None else "",
+        queries=n if isinstance(n := shape(a.q)[2], int) else 0,  # type: ignore[index]
+        window=(key.positions is None) if isinstance(key, Buffer) else key.kept is not None,
     )
     return Match(site, a, key, val, (*kp.path, *vp.path), kp.window is not None)
 

@@ -46,6 +46,7 @@ from kvc_compile.passes.caches import (
 )
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.recognise import Match
+from kvc_compile.passes.selecting import Selecting
 from kvc_compile.passes.windows import last_tokens
 from kvc_compile.plan import SLACK, Plan, SitePlan, Slide
 
@@ -138,6 +139,7 @@ class _Rewrite:
         self.appends: dict[Node, tuple[Buffer | Concat, Layout, Match]] = {}
         self.slides: dict[int, Slide] = {}  # by attention
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
+        self.selecting = Selecting(graph)
 
     def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
         node = self.graph.call_function(op, args)
@@ -187,9 +189,12 @@ class _Rewrite:
                     self.bounds[a.mask] = self.call(bounds, a.mask, like=a.node)
                 args += (self.bounds[a.mask],)
             self.check(a.q, m.key)
-            new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
             rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
-            new.kwargs = {name: x for name, x in rest.items() if x is not None}
+            rest = {name: x for name, x in rest.items() if x is not None}
+            new = self.selecting.attend(p, a.node, args[:5], a.mask, positions, a.scale, rest)
+            if new is None:
+                new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
+                new.kwargs = rest
         self.rest(m, p, new)
 
     def shown(self, c: Buffer | Concat) -> Any:

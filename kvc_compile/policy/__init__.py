@@ -8,6 +8,7 @@ from .amount import Amount, Unbuilt
 from .query import Index, Query, query_of
 from .rule import Alloc, Budget, Diverse, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
+from .selection import Selection
 
 __all__ = [
     "Alloc",
@@ -23,6 +24,7 @@ __all__ = [
     "Regions",
     "Rule",
     "Score",
+    "Selection",
     "Unbuilt",
     "query_of",
     "regions_of",

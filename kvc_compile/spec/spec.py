@@ -15,7 +15,10 @@ from typing import Any
 
 import yaml
 
+from kvc_compile.policy import Selection
+
 from . import laws, ranges, source
+from .channels import channels_of
 from .errors import NotImplementedInSpec, Path, SpecError, nearest, show
 from .expand import expand, scoped
 from .grammar import Context
@@ -31,6 +34,7 @@ class Origin:
     """Where a spec came from and what in it is not implemented; no part of its content."""
 
     file: str | None = None
+    folder: FilePath | None = None
     todo: tuple[tuple[str, str], ...] = ()  # key path, what of it
 
 
@@ -129,7 +133,11 @@ class Spec:
         owner = ranges.resolve(names, n_layers, ("layers",), Context(self.origin.file))
         if i in owner:
             data = scoped(data, data["layers"][owner[i]])
-        return _layer(data)
+        found = _layer(data)
+        if found.select is None or found.select.query.index.kind != "channels":
+            return found
+        rows = channels_of(found.select.query.index.file, self.origin.folder, self.origin.file, i, n_layers)
+        return replace(found, select=Selection.of(data["select"], data.get("tokens", {}), rows))
 
     def scopes(self) -> tuple[tuple[str, LayerSpec], ...]:
         """("", base) and (range, what holds there) for each range of `layers:`. Raises as `layer` does."""
@@ -192,7 +200,7 @@ def _build(root: Node, file: str | None, folder: FilePath | None, name: str) -> 
     names = {key: full.pop(key, "") for key in ("name", "description")}
     # a second check puts the keys into the vocabulary's order, which makes the text canonical
     full = SPEC.check(source.from_data(full, file), (), Context(file))
-    spec = Spec(json.dumps(full), names["name"], names["description"], Origin(file, tuple(dict.fromkeys(ctx.todo))))
+    spec = Spec(json.dumps(full), names["name"], names["description"], Origin(file, folder, tuple(dict.fromkeys(ctx.todo))))
     if spec.name:
         return spec
     # a file may have any name, also one that could not be written into a spec
@@ -220,7 +228,8 @@ def _lines(root: Node) -> dict[Path, int | None]:
 
 def _layer(fragment: dict[str, Any]) -> LayerSpec:
     tensors = [tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v")]
-    return LayerSpec(*tensors)
+    select = fragment.get("select", "off")
+    return LayerSpec(*tensors, None if select == "off" else Selection.of(select, fragment.get("tokens", {})))
 
 
 def _scopes(data: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

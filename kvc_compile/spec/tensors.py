@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvc_compile.policy import Selection
+
 from .errors import Path
 from .grammar import Context
 
@@ -47,8 +49,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """What holds for a layer. select: which stored tokens a query reads, None for all."""
+
     k: TensorSpec = TensorSpec()
     v: TensorSpec = TensorSpec()
+    select: Selection | None = None
 
 
 def codec_of(data: dict[str, Any] | None) -> CodecSpec | None:
