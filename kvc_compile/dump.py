@@ -137,6 +137,7 @@ def plan_data(plan: Plan, request: Request) -> dict[str, Any]:
         "bytes": {"compressed": compressed, "dense": dense},
         "sites": [
             {"index": e.site.index, "layer": e.site.layer, "keys": tensor_data(e.key), "values": tensor_data(e.value)}
+            | ({"reads": asdict(e.reading)} if e.reading else {})
             for e in plan.planned
         ],
         "declined": [e.index for e in plan.declined],
@@ -157,6 +158,7 @@ def readme(graph: str, plan: Plan, request: Request, kernels: Kernels | None = N
         if isinstance(e, SitePlan):
             k, v = words(e.key), words(e.value)
             said = k if k == v else f"keys {k}; values {v}"
+            said += f"; {e.reading.words(e.site.layer)}" if e.reading else ""
             before = e.key.dense_bytes(TOKENS) + e.value.dense_bytes(TOKENS)
             after = e.key.row_bytes(TOKENS) + e.value.row_bytes(TOKENS)
             rows.append(f"| {e.site.index} `{e.site.node}` | {e.site.layer} | {said} | {before} -> {after} |")

@@ -170,6 +170,7 @@ def cells_of(e: Entry, tokens: int) -> tuple[str, ...]:
         return status(e), "", "", "", where(e.where), prose(e.reason)
     k, v = in_words(e.key), in_words(e.value)
     stored = prose(k) if k == v else f"<p><b>keys</b> {prose(k)}</p><p><b>values</b> {prose(v)}</p>"
+    stored += f"<p>{prose(e.reading.words(e.site.layer))}</p>" if e.reading else ""
     before = e.key.dense_bytes(tokens) + e.value.dense_bytes(tokens)
     after = e.key.row_bytes(tokens) + e.value.row_bytes(tokens)
     size = f"{mib(before)} <span class='soft'>to</span> {mib(after)}"

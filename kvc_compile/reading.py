@@ -25,6 +25,13 @@ class Reading:
     reason: str = ""
     declined: bool = False
 
+    def words(self, layer: int) -> str:
+        """For people, of a layer: what a step reads, or why it reads all."""
+        if not self.selection:
+            return f"all is read: {self.reason}"
+        chosen = Selection.parse(self.selection).words
+        return f"a step reads {chosen}" + (f", those of layer {self.layer}" if self.layer != layer else "")
+
 
 def readings(found: Sequence[Site | Declined], spec: Spec) -> dict[int, Reading]:
     """By the index of an attention; empty where no layer of the spec selects."""
@@ -74,6 +81,6 @@ def _unlike(s: Site, source: Site) -> str:
         return f"has {source.key.heads} KV heads, not {s.key.heads}"
     if source.key.kind != s.key.kind:
         return "has a cache of another kind"
-    if source.window or s.window:
-        return "or it itself has a sliding window, whose positions move"
+    if source.window or s.window or source.slots != s.slots:
+        return "has a cache of another length, so the two are not of the same tokens"
     return ""
