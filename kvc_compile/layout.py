@@ -8,6 +8,7 @@ so that selecting or reordering sequences is an index over rows. A row holds, in
     ring     dtype [heads, recent, channels]             the newest tokens; token p lies in slot (p - sink) % recent
     planes   word  [heads, capacity/(16*n), 16, channels]  one per bit plane of the codec, n = word bits / plane bits
     params   fp16  [heads, capacity/t, groups, 2 or 1]   scale (and middle) of each block of t tokens x c channels
+    sketch   [heads, room, bytes]                        of every token, what `select` compares a query with, if it does
 
 `length` is the number of tokens in the cache, `encoded` how many of them are in the planes: the tokens
 sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is position sink + i. Every head has
@@ -71,7 +72,12 @@ class Codec:
 
 @dataclass(frozen=True)
 class Layout:
-    """The stored form of one cache tensor `[batch, heads, tokens, channels]` of `dtype`."""
+    """The stored form of one cache tensor `[batch, heads, tokens, channels]` of `dtype`.
+
+    sketch: what is held of each token for `select`, beside the token: "hash128", its signs under 128 random projections
+    (HATA, arXiv:2506.02572), or "channels0,3;5,1", channels 0 and 3 of the first head, 5 and 1 of the second (Double
+    Sparsity, arXiv:2408.07092).
+    """
 
     codec: Codec
     heads: int
@@ -81,6 +87,7 @@ class Layout:
     recent: int = 0
     flush: int = 1
     word: int = 8
+    sketch: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -89,6 +96,7 @@ class Layout:
         return (
             f"{c.kind}{c.bits}{'z' if c.zero_point else ''}.{c.block[0]}x{c.block[1]}"
             f".h{self.heads}.d{self.channels}.{self.dtype}.s{self.sink}.r{self.recent}.f{self.flush}.w{self.word}"
+            + (f".i{self.sketch}" if self.sketch else "")
         )
 
     @staticmethod
@@ -97,9 +105,10 @@ class Layout:
         m = _KEY.fullmatch(key)
         if m is None:
             raise ValueError(f"not a layout: {key!r}")
-        kind, bits, zero, t, c, heads, channels, dtype, sink, recent, flush, word = m.groups()
+        kind, bits, zero, t, c, heads, channels, dtype, sink, recent, flush, word, sketch = m.groups()
         codec = Codec(kind, int(bits), (int(t), int(c)), bool(zero))
-        return Layout(codec, int(heads), int(channels), dtype, int(sink), int(recent), int(flush), int(word))
+        sizes = int(sink), int(recent), int(flush), int(word)
+        return Layout(codec, int(heads), int(channels), dtype, *sizes, sketch or "")
 
     @property
     def item(self) -> int:
@@ -159,7 +168,30 @@ class Layout:
     @cached_property
     def unit_bytes(self) -> int:
         """Bytes that one unit more of capacity adds to a row, a multiple of 16 so that every row starts aligned."""
-        return round_up(sum(self.plane_bytes(p, self.unit) for p in self.planes) + self.params_bytes(self.unit), 16)
+        planes = sum(self.plane_bytes(p, self.unit) for p in self.planes)
+        return round_up(planes + self.params_bytes(self.unit) + self.heads * self.unit * self.sketch_bytes, 16)
+
+    @cached_property
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketch of a token of one head."""
+        if self.sketch.startswith("hash"):
+            return int(self.sketch[4:]) // 8
+        return len(self.sketch_channels[0]) * self.item if self.sketch else 0
+
+    @cached_property
+    def sketch_channels(self) -> tuple[tuple[int, ...], ...]:
+        """The channels of each head that a sketch of channels holds."""
+        rows = self.sketch.removeprefix("channels").split(";")
+        return tuple(tuple(map(int, row.split(","))) for row in rows)
+
+    def sketch_offset(self, capacity: int) -> int:
+        return round_up(self.params_offset(capacity) + self.params_bytes(capacity), 16)
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Bytes of a row without capacity; of a sketch, those of tokens that are in no body."""
+        exact = self.heads * (self.sink + self.recent) * self.sketch_bytes
+        return self.body_offset + (round_up(exact, 16) + 16 if self.sketch else 0)
 
     def plane_offset(self, index: int, capacity: int) -> int:
         return self.body_offset + sum(self.plane_bytes(p, capacity) for p in self.planes[:index])
@@ -177,11 +209,11 @@ class Layout:
 
     def row_bytes(self, tokens: int) -> int:
         """Bytes of one batch row of a cache for `tokens` tokens, header, regions and scales included."""
-        return self.body_offset + self.capacity(tokens) // self.unit * self.unit_bytes
+        return self.fixed_bytes + self.capacity(tokens) // self.unit * self.unit_bytes
 
     def capacity_of(self, row_bytes: int) -> int:
         """The body capacity of a row of this size: the inverse of `row_bytes`."""
-        return (row_bytes - self.body_offset) // self.unit_bytes * self.unit
+        return (row_bytes - self.fixed_bytes) // self.unit_bytes * self.unit
 
     def room_of(self, row_bytes: int) -> int:
         """Tokens that a row of this size has room for at most: body, sink and ring."""
@@ -197,4 +229,7 @@ class Layout:
         return encoded + round_up(over, self.flush) if over > 0 else encoded
 
 
-_KEY = re.compile(r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)")
+_KEY = re.compile(
+    r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)"
+    r"(?:\.i([a-z]+\d+(?:[,;]\d+)*))?"
+)

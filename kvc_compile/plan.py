@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvc_compile.layout import Codec, Layout
 from kvc_compile.reading import Reading, readings
@@ -95,6 +95,8 @@ def make_plan(
             continue
         asked = spec.layer(s.layer, layers)
         key = existing.get(s.key.buffer) or layout_of(asked.k, s.key, device)
+        if asked.select and s.key.buffer not in existing and s.pattern != "read back":
+            key = replace(key, sketch=asked.select.sketch(s.layer))
         value = existing.get(s.value.buffer) or layout_of(asked.v, s.value, device)
         entries.append(SitePlan(s, key, value, read.get(s.index)))
     return Plan(tuple(entries))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvc_compile.policy import Selection
 from kvc_compile.sites import Declined, Site
-from kvc_compile.spec import Spec
+from kvc_compile.spec import Spec, SpecError
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,23 @@ def readings(found: Sequence[Site | Declined], spec: Spec) -> dict[int, Reading]
         return {}
     out: dict[int, Reading] = {}
     for s in sites:
+        check(s, asked[s.layer], spec)
         out[s.index] = _reading(s, asked[s.layer], sites, layers)
     return out
+
+
+def check(s: Site, asked: Selection | None, spec: Spec) -> None:
+    """Raises SpecError where a table of channels is not of these keys."""
+    rows = asked.channels if asked else ()
+    heads, channels = s.key.heads, s.key.channels
+    if rows and (len(rows) != heads or max(map(max, rows)) >= channels):
+        raise SpecError(
+            f"layer {s.layer} has {heads} KV heads of {channels} channels",
+            file=spec.origin.file,
+            path="select.index.basis.table",
+            found=f"a table of {len(rows)} heads, with channels up to {max(map(max, rows))}",
+            allowed=f"{heads} heads, channels 0..{channels - 1}",
+        )
 
 
 def _reading(s: Site, asked: Selection | None, sites: list[Site], layers: int) -> Reading:

@@ -318,6 +318,9 @@ def _cells(s: SiteReport) -> tuple[str, str, str]:
 def words(layout: Layout) -> str:
     """A layout for people: "int4, scale and middle per 32 tokens x 1 channel, first 4 and last 64 tokens exact"."""
     c = layout.codec
+    if layout.sketch:
+        index = f"{8 * layout.sketch_bytes}-bit hashes" if layout.sketch.startswith("hash") else "an index of channels"
+        return f"{words(replace(layout, sketch=''))}, with {index} ({layout.sketch_bytes} bytes a token and head)"
     if c.kind == "raw":
         return f"{layout.dtype} as it is"
     said = "fp8 (e4m3)" if c.kind == "fp" else f"int{c.bits}"

@@ -108,4 +108,7 @@ def resize(data: Tensor, row_bytes: int, layout: Layout) -> Tensor:
     if old.params is not None and new.params is not None:
         n = min(old.params.shape[2], new.params.shape[2])
         new.params[:, :, :n] = old.params[:, :, :n]
+    if old.sketch is not None and new.sketch is not None:
+        n = min(old.sketch.shape[2], new.sketch.shape[2])
+        new.sketch[:, :, :n] = old.sketch[:, :, :n]
     return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvc_compile.kernels.reference import LENGTH, check_mask, views
-from kvc_compile.kernels.select import step
+from kvc_compile.kernels.select import held, step
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu
 from kvc_compile.lowering import ops as o
@@ -23,6 +23,18 @@ from kvc_compile.policy import Selection
 def capacity(row_bytes: int, layout: Layout, s: Selection) -> int:
     """Slots that a query reads at most, of an arena with rows of so many bytes and the new token."""
     return step.slots(s, layout.room_of(row_bytes) + 1)
+
+
+def scored(layout: Layout) -> bool:
+    """Whether a kernel compares a query with what the arena holds."""
+    return not layout.sketch.startswith("hash") or layout.sketch_bytes % 4 == 0
+
+
+def prepare(selection: str, layout: Layout, device: torch.device) -> None:
+    """Put what an index needs on the device, before a CUDA graph is captured. selection: "" where nothing selects."""
+    if selection and not layout.sketch:
+        step.table_of(Selection.parse(selection), layout.heads, layout.channels, device)
+    held.prepare(layout, device)
 
 
 @o.operator()
@@ -45,10 +57,26 @@ def select(
     room = capacity(k_data.shape[1], layout, s)
     length, first, mask = _where(k_data, layout, mask, positions, shown)
     batch, heads = q.shape[0], layout.heads
+    if isinstance(length, int) and step.reads_all(s.query, length + 1):
+        every = torch.arange(length + 1).expand(batch, heads, -1)
+        return torch.nn.functional.pad(every, (0, room - length - 1), value=-1)
+    if layout.sketch:
+        known = views(k_data, layout).sketch
+        assert known is not None
+        new = held.sketches(k_new, layout)
+        if isinstance(length, int):
+            known = torch.cat([known[:, :, :length], new], 2)
+        elif scored(layout):
+            from kvc_compile.lowering import scores  # imports Triton
+
+            x = scores.of(q[:, :, 0], k_data, k_new, length, layout, s.query.gqa)
+            seen = step.visible(mask, first, length + 1, batch, x.shape[3], q.device)
+            return step.select_scored(s, x, seen, scale, room)
+        else:
+            known = torch.cat([known, new], 2).index_copy(2, length.reshape(1), new)
+        seen = step.visible(mask, first, length + 1, batch, known.shape[2], q.device)
+        return step.select_held(s, q[:, :, 0], known, seen, scale, room, layout)
     if isinstance(length, int):
-        if step.reads_all(s.query, length + 1):
-            every = torch.arange(length + 1).expand(batch, heads, -1)
-            return torch.nn.functional.pad(every, (0, room - length - 1), value=-1)
         k = torch.cat([cpu.read(k_data, length, layout), k_new], 2)
     else:
         tokens = layout.room_of(k_data.shape[1])
@@ -63,6 +91,7 @@ def _where(
 ) -> tuple[Tensor | int, Tensor | int, Tensor | None]:
     """(the new token's slot, the first slot that is seen, the mask [b, h, 1, W] of the slots from that one on)."""
     length: Tensor | int
+    first: Tensor | int
     if data.is_cuda:
         length = views(data, layout).header[0, 0, LENGTH] if positions is None else positions.reshape(-1)[0].long()
         first = length.new_zeros(()) if shown is None else (length - shown).clamp(min=0)
@@ -73,11 +102,18 @@ def _where(
         if length > held:
             raise ValueError(f"attention from position {length} of a cache of {held} tokens")
         first = 0 if shown is None else max(0, length - shown)
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        if isinstance(length, int):
-            check_mask(mask, length + 1 - int(first))
+    mask = four(mask)
+    if mask is not None and isinstance(length, int):
+        check_mask(mask, length + 1 - int(first))
     return length, first, mask
+
+
+def four(mask: Tensor | None) -> Tensor | None:
+    """A mask as [b, h, 1, W]."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return mask.float() if mask.dtype == torch.float64 else mask
 
 
 @o.shapes(select)
@@ -106,12 +142,17 @@ def attend_selected(
 ) -> Tensor:
     """Attention of q [B, query heads, 1, Dk] over the slots `index` of `kvc::select`; otherwise as `kvc::attend`."""
     k, v = Layout.parse(k_layout), Layout.parse(v_layout)
+    if q.is_cuda:
+        from kvc_compile.lowering import slots  # imports Triton
+
+        return slots.attend(
+            q, k_data, v_data, k_new, v_new, index, four(mask), positions, scale, k, v, cap, sinks, shown
+        )
     length, first, mask = _where(k_data, k, mask, positions, shown)
+    given = q, k_data, v_data, k_new, v_new
     if isinstance(length, int) and step.reads_all(Selection.parse(selection).query, length + 1):
-        where = q, k_data, v_data, k_new, v_new, mask, positions, False
-        return cpu.attend(*where, scale, k, v, cap, sinks, shown)
-    where = q, k_data, v_data, k_new, v_new, index, mask, first, length
-    return step.attend(*where, scale, k, v, cap, sinks)
+        return cpu.attend(*given, mask, positions, False, scale, k, v, cap, sinks, shown)
+    return step.attend(*given, index, mask, first, length, scale, k, v, cap, sinks)
 
 
 @o.shapes(attend_selected)

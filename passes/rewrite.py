@@ -156,6 +156,7 @@ class _Rewrite:
     def site(self, m: Match, p: SitePlan) -> None:
         m = replace(m, key=self.placed(m.key), value=self.placed(m.value))
         self.slides[m.site.index] = Slide.of(p.key, p.value)
+        self.selecting.prepare(p, value(m.key.x).device)
         if isinstance(m.key, Concat) and m.site.key.kind == "fresh":
             for c, layout, role in ((m.key, p.key, "keys"), (m.value, p.value, "values")):
                 self.encode(c, layout, role, m)  # type: ignore[arg-type]
@@ -191,10 +192,9 @@ class _Rewrite:
             self.check(a.q, m.key)
             rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
             rest = {name: x for name, x in rest.items() if x is not None}
-            new = self.selecting.attend(p, a.node, args[:5], a.mask, positions, a.scale, rest)
-            if new is None:
-                new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
-                new.kwargs = rest
+            some = self.selecting.attend(p, a.node, args[:5], a.mask, positions, a.scale, rest)
+            new = some or self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
+            new.kwargs = rest
         self.rest(m, p, new)
 
     def shown(self, c: Buffer | Concat) -> Any:

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.kernels.select.step import table_of
-from kvc_compile.lowering import selecting  # noqa: F401  (defines the operators)
+from kvc_compile.lowering import selecting
 from kvc_compile.passes.fx import copy_meta, value
 from kvc_compile.plan import SitePlan
-from kvc_compile.policy import Selection
 
 kvc = torch.ops.kvc  # defined by `lowering.selecting`
 
@@ -28,13 +26,17 @@ class Selecting:
         self.graph = graph
         self.slots: dict[int, Node] = {}  # by the attention that selects
 
+    def prepare(self, p: SitePlan, device: torch.device) -> None:
+        """What the operators of a site need on its device, its appends included."""
+        selecting.prepare(p.reading.selection if p.reading else "", p.key, device)
+
     def attend(
         self, p: SitePlan, like: Node, operands: tuple[Any, ...], mask: Any, positions: Any, scale: float,
         rest: dict[str, Any],
     ) -> Node | None:  # fmt: skip
-        """What stands in the place of attention `like`, inserted where the graph inserts; None if it reads all.
+        """What stands in the place of attention `like`, at the place of insertion; None if it reads all.
 
-        operands: q, the arenas of keys and values, the new keys and values; rest: cap, sinks, shown, where they are set.
+        operands: q, the arenas of keys and values, the new keys and values; rest: cap, sinks, shown, where they are.
         """
         r = p.reading
         if r is None or not r.selection:
@@ -51,8 +53,6 @@ class Selecting:
     def select(self, p: SitePlan, like: Node, args: tuple[Any, ...], rest: dict[str, Any]) -> Node:
         assert p.reading is not None
         selection = p.reading.selection
-        # on the device before a CUDA graph is captured
-        table_of(Selection.parse(selection), p.key.heads, p.key.channels, value(args[0]).device)
         shown = {name: n for name, n in rest.items() if name == "shown"}
         node = self.graph.call_function(kvc.select.default, (*args, p.key.key, selection), shown)
         copy_meta(node, like)

@@ -1,7 +1,7 @@
 """Published ways to select tokens, each written from its description, for one query of one sequence.
 
-Independent of the package. Shapes: q [Hq, D], k [H, n, D], the visible tokens; `first` is the slot of the first one, which
-pages count from. Each gives for every KV head the sorted tokens that the query reads. Ties go to the earlier one.
+Independent of the package. Shapes: q [Hq, D], k [H, n, D], the visible tokens; `first` is the slot of the first one,
+for pages. Each gives for every KV head the sorted tokens that the query reads. Ties go to the earlier one.
 """
 
 from __future__ import annotations

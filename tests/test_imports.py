@@ -27,7 +27,7 @@ MAY = {
     "request": {"spec"},
     "plan": {"spec", *PURE},
     "kernels": {"layout", "policy"},
-    "lowering": {"layout", "timings", "kernels"},
+    "lowering": {"layout", "policy", "timings", "kernels"},
     "handle": {"layout", "lowering"},
     "passes": {"plan", "handle", "lowering", *PURE},
     "rendered": {"plan", "kernels", "lowering", "passes", *PURE},

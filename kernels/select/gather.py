@@ -1,4 +1,4 @@
-"""Single tokens of a compressed cache by their positions: what attention over selected tokens reads, and nothing else."""
+"""Single tokens of a compressed cache by their positions: what attention over selected tokens reads."""
 
 from __future__ import annotations
 

@@ -11,19 +11,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kvc_compile.kernels.keep.attention import accumulate_dtype
 from kvc_compile.kernels.keep.tokens import Kept, compact, parts
 from kvc_compile.kernels.reference import HIDDEN
 from kvc_compile.layout import Layout
 from kvc_compile.policy import Amount, Query, Selection
 
+from . import held
 from .gather import gather
-from .index import build, compare, random_projection
+from .index import Sketch, agreed, build, compare, random_projection, token_units
 from .selection import chosen, outliers
 
 
 def slots(s: Selection, tokens: int) -> int:
-    """How many slots a query reads at most in a cache of at most `tokens` tokens, the new one included; `tokens` may be
-    symbolic."""
+    """How many slots a query reads at most in a cache of at most `tokens` tokens, the new one included. It may be a
+    symbol."""
     q = s.query
     amounts = q.budget, s.regions.sink, s.regions.recent
     if (q.units and q.unit == "cluster") or not all(a.monotone for a in amounts):
@@ -45,14 +47,30 @@ def reads_all(q: Query, tokens: int) -> bool:
 
 
 def visible(mask: Tensor | None, first: Tensor | int, total: Tensor | int, batch: int, tokens: int, device) -> Tensor:
-    """bool [batch, tokens]: the slots that any head of the one query sees. mask: [b, h, 1, W], of the slots from `first`
-    on, before which nothing is seen, as from `total` on."""
+    """bool [batch, tokens]: the slots that any head of the one query sees, all of them in [first, total). mask: of the
+    slots from `first` on, [b, h, 1, W]."""
     steps = torch.arange(tokens, device=device)
     seen = ((steps >= first) & (steps < total)).expand(batch, -1)
     if mask is None:
         return seen
     shown = (mask if mask.dtype == torch.bool else mask > HIDDEN)[:, :, -1].any(1)
     return seen & shown.index_select(-1, (steps - first).clamp(0, mask.shape[-1] - 1))
+
+
+def select_held(
+    s: Selection, q: Tensor, sketches: Tensor, seen: Tensor, scale: float, capacity: int, layout: Layout
+) -> Tensor:
+    """`select` by the sketches [B, H, T, ..] that a cache holds."""
+    x = held.compare(q.to(accumulate_dtype(q)).unflatten(1, (layout.heads, -1)), sketches, layout)
+    return select_scored(s, x, seen, scale, capacity)
+
+
+def select_scored(s: Selection, x: Tensor, seen: Tensor, scale: float, capacity: int) -> Tensor:
+    """`select` by what an index of tokens says: x [B, H, G, T], or [B, H, 1, T] where the heads of a group agreed."""
+    p = parts(seen, s.regions)
+    sketch = Sketch((), *token_units(x[:, :, 0], p))
+    scores = agreed(s.query, x, sketch, scale)
+    return padded(compact(chosen(s.query, scores, sketch, p), capacity), capacity)
 
 
 def select(s: Selection, q: Tensor, k: Tensor, seen: Tensor, scale: float, capacity: int) -> Tensor:
@@ -90,9 +108,9 @@ def attend(
     first: Tensor | int, length: Tensor | int, scale: float, k_layout: Layout, v_layout: Layout, cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of q [B, Hq, 1, Dk] over the slots `index` [B, H, C] alone, -1 for none; what the mask hides of them has
-    no weight. Other arguments: `visible`, and `kernels.reference.attend`. Returns [B, Hq, 1, Dv] in q's dtype."""
-    batch, heads, n, _ = q.shape
+    """Attention of q [B, Hq, 1, Dk] over the slots `index` [B, H, C] alone, -1 for none; what the mask hides of them
+    has no weight. Other arguments: `visible`, and `kernels.reference.attend`. Returns [B, Hq, 1, Dv] in q's dtype."""
+    batch, heads = q.shape[:2]
     groups, holes, safe = heads // index.shape[1], index < 0, index.clamp(min=0)
     k = gather(k_data, k_new, length, safe, k_layout).float()
     v = gather(v_data, v_new, length, safe, v_layout).float()

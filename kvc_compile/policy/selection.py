@@ -57,6 +57,18 @@ class Selection:
     def channels(self) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, self._data.get("channels", ())))
 
+    def sketch(self, layer: int) -> str:
+        """What a cache holds beside its keys so that a layer can select, as `Layout.sketch` spells it; "" if the index
+        is computed when it is read, from the keys."""
+        q = self.query
+        if q.at and layer not in q.at:
+            return ""
+        if q.index.kind == "hash" and not q.index.center and q.index.bits % 8 == 0:
+            return f"hash{q.index.bits}"
+        if q.index.kind == "channels":
+            return "channels" + ";".join(",".join(map(str, row)) for row in self.channels)
+        return ""
+
     @cached_property
     def words(self) -> str:
         """For people: "2048 tokens, by pages of 16 (minmax)"."""

@@ -1,7 +1,7 @@
 """The table of an index of channels, from the file beside a spec that names it. Data only, no torch.
 
-The file holds whole numbers [layers, kv heads, R]: the channels of the keys of each head. `.json`: that list of lists of
-lists; `.safetensors`: the tensor `channels`.
+The file holds whole numbers [layers, kv heads, R], channels of the keys of each head: a `.json` file lists of them, a
+`.safetensors` file the tensor `channels`.
 """
 
 from __future__ import annotations

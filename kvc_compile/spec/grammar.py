@@ -456,7 +456,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A value of which another part of the program says what of it runs. resolve: raises `Unbuilt` for what does not."""
+    """A value of which another part of the program says whether it runs. resolve: raises `Unbuilt` if not."""
 
     type: Type
     resolve: Callable[[Any], object]

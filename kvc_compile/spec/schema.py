@@ -397,7 +397,9 @@ INDEX_KEYS: dict[str, Key] = {
     "codec": Key(part("codec"), "of the sketch", done=True),
     "basis": Key(part("basis"), "of the sketch", done=True),
     "rope": Key(ROPE, "of the sketch"),
-    "pool": Key(OneOf(Enum("mean", "minmax"), just("centroid", CENTROID, "k-means")), "one sketch for a unit", done=True),
+    "pool": Key(
+        OneOf(Enum("mean", "minmax"), just("centroid", CENTROID, "k-means")), "one sketch for a unit", done=True
+    ),
     "center": Key(Enum("mean"), "subtract first", done=True),
     "learned": Key(OneOf(File(), NAME), "a trained index"),
     "ann": Key(Enum("graph"), "approximate nearest neighbours"),

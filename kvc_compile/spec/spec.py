@@ -200,7 +200,9 @@ def _build(root: Node, file: str | None, folder: FilePath | None, name: str) -> 
     names = {key: full.pop(key, "") for key in ("name", "description")}
     # a second check puts the keys into the vocabulary's order, which makes the text canonical
     full = SPEC.check(source.from_data(full, file), (), Context(file))
-    spec = Spec(json.dumps(full), names["name"], names["description"], Origin(file, folder, tuple(dict.fromkeys(ctx.todo))))
+    spec = Spec(
+        json.dumps(full), names["name"], names["description"], Origin(file, folder, tuple(dict.fromkeys(ctx.todo)))
+    )
     if spec.name:
         return spec
     # a file may have any name, also one that could not be written into a spec
@@ -227,9 +229,9 @@ def _lines(root: Node) -> dict[Path, int | None]:
 
 
 def _layer(fragment: dict[str, Any]) -> LayerSpec:
-    tensors = [tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v")]
+    k, v = (tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v"))
     select = fragment.get("select", "off")
-    return LayerSpec(*tensors, None if select == "off" else Selection.of(select, fragment.get("tokens", {})))
+    return LayerSpec(k, v, None if select == "off" else Selection.of(select, fragment.get("tokens", {})))
 
 
 def _scopes(data: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
