@@ -38,7 +38,8 @@ class Views:
     ring: Tensor  # dtype [B, H, recent, D]
     planes: tuple[Tensor, ...]  # words [B, H, N/(16n), 16, D], or elements [B, H, N, D]
     params: Tensor | None  # fp16 [B, H, N/t, groups, 2 or 1]
-    words: Tensor | None  # int32 [B, H, words, N + sink + recent]
+    words: Tensor | None = None  # int32 [B, H, words, N + sink + recent]
+    sketch: Tensor | None = None  # of every token, [B, H, room, bytes], or [B, H, room, R] in the model's dtype
 
 
 def views(data: Tensor, layout: Layout) -> Views:
@@ -75,14 +76,16 @@ def make_views(data: Tensor, layout: Layout) -> Views:
         else:
             planes.append(region(offset, FP8 if layout.codec.kind == "fp" else dtype, h, n, d))
     t, k = layout.codec.block[0], layout.codec.params
-    slots = n + layout.sink + layout.recent
+    room, bits = layout.room_of(data.shape[1]), layout.sketch.startswith("hash")
+    width = layout.sketch_bytes // (1 if bits else layout.item)
     return Views(
         header=region(0, torch.int64, h, HEADER_WORDS),
         sink=region(layout.sink_offset, dtype, h, layout.sink, d),
         ring=region(layout.ring_offset, dtype, h, layout.recent, d),
         planes=tuple(planes),
         params=region(layout.params_offset(n), torch.float16, h, n // t, layout.groups, k) if k else None,
-        words=region(layout.words_offset(n), torch.int32, h, layout.words, slots) if layout.words else None,
+        words=region(layout.words_offset(n), torch.int32, h, layout.words, room) if layout.words else None,
+        sketch=region(layout.sketch_offset(n), torch.uint8 if bits else dtype, h, room, width) if width else None,
     )
 
 
@@ -315,6 +318,8 @@ def trim(data: Tensor, layout: Layout, drop: int) -> None:
     if v.params is not None:
         n = drop // layout.codec.block[0]
         v.params[:, :, : v.params.shape[2] - n] = v.params[:, :, n:].clone()
+    if v.sketch is not None:
+        v.sketch[:, :, : length - drop] = v.sketch[:, :, drop:length].clone()
     v.sink.copy_(first)
     v.header[..., LENGTH] = length - drop
     v.header[..., ENCODED] = encoded - drop

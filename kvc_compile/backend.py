@@ -16,7 +16,7 @@ from kvc_compile.passes.fuse import fuse_appends
 from kvc_compile.passes.fx import duplicate, value
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
-from kvc_compile.report import Compile, places_of, remember, say_read_back, warn_declined
+from kvc_compile.report import Compile, places_of, remember, say_read_back, unselected, warn_declined
 from kvc_compile.request import Request
 from kvc_compile.tune import tune
 
@@ -35,6 +35,7 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     trail = Trail(request, gm, plan, example_inputs)
     compiled = remember(Compile(request, plan, places_of(gm, plan), {owner_of(example_inputs)}))
     warn_declined(plan, request)
+    unselected(plan, request)
     say_read_back(plan)
     rewritten = rewrite(gm, matches, plan)
     fuse_appends(gm.graph)

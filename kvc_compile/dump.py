@@ -140,6 +140,7 @@ def plan_data(plan: Plan, request: Request) -> dict[str, Any]:
             {"index": e.site.index, "layer": e.site.layer, "keys": tensor_data(e.key), "values": tensor_data(e.value)}
             | ({"keep": json.loads(e.keep.policy), "group": e.keep.group} if e.keep else {})
             | ({"stays": e.stays} if e.stays else {})
+            | ({"reads": asdict(e.reading)} if e.reading else {})
             for e in plan.planned
         ],
         "declined": [e.index for e in plan.declined],
@@ -160,8 +161,9 @@ def readme(graph: str, plan: Plan, request: Request, kernels: Kernels | None = N
         if isinstance(e, SitePlan):
             k, v = words(e.key), words(e.value)
             said = k if k == v else f"keys {k}; values {v}"
-            after, before = e.bytes(TOKENS)
             said += f"; {words_of(e.keep.policy)}" if e.keep else ""
+            said += f"; {e.reading.words(e.site.layer)}" if e.reading else ""
+            after, before = e.bytes(TOKENS)
             rows.append(f"| {e.site.index} `{e.site.node}` | {e.site.layer} | {said} | {before} -> {after} |")
         else:
             rows.append(f"| {e.index} `{e.node}` | | **{status(e)}**: {e.reason} ({e.where}) | |")

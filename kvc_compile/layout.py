@@ -9,6 +9,7 @@ so that selecting or reordering sequences is an index over rows. A row holds, in
     planes   word  [heads, capacity/(16*n), 16, channels]  one per bit plane of the codec, n = word bits / plane bits
     params   fp16  [heads, capacity/t, groups, 2 or 1]   scale (and middle) of each block of t tokens x c channels
     words    int32 [heads, words, capacity+sink+recent]  of a cache that evicts: what is known of each slot
+    sketch   [heads, room, bytes]                        of every token, what `select` compares a query with, if it does
 
 The header is length, encoded, fault, evicted. `length` is the number of tokens in the cache, `encoded` how many of them
 are in the planes: the tokens sink .. sink+encoded-1. Every token after those is in the ring. The *body* token i is
@@ -77,7 +78,12 @@ class Codec:
 
 @dataclass(frozen=True)
 class Layout:
-    """The stored form of one cache tensor `[batch, heads, tokens, channels]` of `dtype`."""
+    """The stored form of one cache tensor `[batch, heads, tokens, channels]` of `dtype`.
+
+    sketch: what is held of each token for `select`, beside the token: "hash128", its signs under 128 random projections
+    (HATA, arXiv:2506.02572), or "channels0,3;5,1", channels 0 and 3 of the first head, 5 and 1 of the second (Double
+    Sparsity, arXiv:2408.07092).
+    """
 
     codec: Codec
     heads: int
@@ -89,6 +95,7 @@ class Layout:
     word: int = 8
     evicts: bool = False
     words: int = 0  # of a slot; only where it evicts
+    sketch: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -98,6 +105,7 @@ class Layout:
             f"{c.kind}{c.bits}{'z' if c.zero_point else ''}.{c.block[0]}x{c.block[1]}"
             f".h{self.heads}.d{self.channels}.{self.dtype}.s{self.sink}.r{self.recent}.f{self.flush}.w{self.word}"
             + (f".e{self.words}" if self.evicts else "")
+            + (f".i{self.sketch}" if self.sketch else "")
         )
 
     @staticmethod
@@ -106,10 +114,11 @@ class Layout:
         m = _KEY.fullmatch(key)
         if m is None:
             raise ValueError(f"not a layout: {key!r}")
-        kind, bits, zero, t, c, heads, channels, dtype, sink, recent, flush, word, words = m.groups()
+        kind, bits, zero, t, c, heads, channels, dtype, sink, recent, flush, word, words, sketch = m.groups()
         codec = Codec(kind, int(bits), (int(t), int(c)), bool(zero))
-        regions = int(sink), int(recent), int(flush), int(word)
-        return Layout(codec, int(heads), int(channels), dtype, *regions, words is not None, int(words or 0))
+        sizes = int(sink), int(recent), int(flush), int(word)
+        evicts = words is not None, int(words or 0)
+        return Layout(codec, int(heads), int(channels), dtype, *sizes, *evicts, sketch or "")
 
     @property
     def item(self) -> int:
@@ -170,13 +179,31 @@ class Layout:
     def unit_bytes(self) -> int:
         """Bytes that one unit more of capacity adds to a row, a multiple of 16 so that every row starts aligned."""
         planes = sum(self.plane_bytes(p, self.unit) for p in self.planes)
-        return round_up(planes + self.params_bytes(self.unit) + 4 * self.heads * self.words * self.unit, 16)
+        beside = self.heads * self.unit * (4 * self.words + self.sketch_bytes)
+        return round_up(planes + self.params_bytes(self.unit) + beside, 16)
+
+    @cached_property
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketch of a token of one head."""
+        if self.sketch.startswith("hash"):
+            return int(self.sketch[4:]) // 8
+        return len(self.sketch_channels[0]) * self.item if self.sketch else 0
+
+    @cached_property
+    def sketch_channels(self) -> tuple[tuple[int, ...], ...]:
+        """The channels of each head that a sketch of channels holds."""
+        rows = self.sketch.removeprefix("channels").split(";")
+        return tuple(tuple(map(int, row.split(","))) for row in rows)
+
+    def sketch_offset(self, capacity: int) -> int:
+        return round_up(self.params_offset(capacity) + self.params_bytes(capacity), 16)
 
     @cached_property
     def fixed_bytes(self) -> int:
-        """Bytes of a row that do not grow with its capacity."""
-        slots = 4 * self.heads * self.words * (self.sink + self.recent)
-        return self.body_offset + (round_up(slots, 16) + 16 if self.words else 0)  # 16: the words are aligned
+        """Bytes of a row without capacity; of words and sketch, those of tokens that are in no body."""
+        exact = self.heads * (self.sink + self.recent) * (4 * self.words + self.sketch_bytes)
+        regions = (self.words > 0) + (self.sketch != "")  # each begins at a multiple of 16
+        return self.body_offset + (round_up(exact, 16) + 16 * regions if regions else 0)
 
     def plane_offset(self, index: int, capacity: int) -> int:
         return self.body_offset + sum(self.plane_bytes(p, capacity) for p in self.planes[:index])
@@ -185,7 +212,8 @@ class Layout:
         return self.plane_offset(len(self.planes), capacity)
 
     def words_offset(self, capacity: int) -> int:
-        return round_up(self.params_offset(capacity) + self.params_bytes(capacity), 16)
+        tokens = capacity + self.sink + self.recent
+        return round_up(self.sketch_offset(capacity) + self.heads * tokens * self.sketch_bytes, 16)
 
     def body_tokens(self, tokens: int) -> int:
         """Most tokens that are encoded at once in a cache of at most `tokens` tokens."""
@@ -218,5 +246,6 @@ class Layout:
 
 
 _KEY = re.compile(
-    r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)(?:\.e(\d+))?"
+    r"(raw|int|fp)(\d+)(z?)\.(\d+)x(\d+)\.h(\d+)\.d(\d+)\.(\w+)\.s(\d+)\.r(\d+)\.f(\d+)\.w(\d+)"
+    r"(?:\.e(\d+))?(?:\.i([a-z]+\d+(?:[,;]\d+)*))?"
 )

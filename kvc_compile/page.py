@@ -172,8 +172,8 @@ def cells_of(e: Entry, tokens: int) -> tuple[str, ...]:
         return status(e), "", "", "", where(e.where), prose(e.reason)
     k, v = in_words(e.key), in_words(e.value)
     stored = prose(k) if k == v else f"<p><b>keys</b> {prose(k)}</p><p><b>values</b> {prose(v)}</p>"
-    if e.keep:
-        stored += f"<p>{prose(words_of(e.keep.policy))}</p>"
+    stored += f"<p>{prose(words_of(e.keep.policy))}</p>" if e.keep else ""
+    stored += f"<p>{prose(e.reading.words(e.site.layer))}</p>" if e.reading else ""
     after, before = e.bytes(tokens)
     size = f"{mib(before)} <span class='soft'>to</span> {mib(after)}"
     return status(e), text(e.site.pattern), stored, size, where(e.site.where), prose(why(e))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from kvc_compile.layout import Codec, Layout
 from kvc_compile.policy import Policy
+from kvc_compile.reading import Reading, readings
 from kvc_compile.sites import CacheTensor, Declined, Site, Uncached
 from kvc_compile.spec import Spec, TensorSpec
 
@@ -53,14 +54,15 @@ class Keep:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The layouts of one attention's cache pair, and which tokens stay. stays: why all do, where the spec asks for
-    less."""
+    """The layouts of one attention's cache pair, which tokens stay, and what it reads of them where the spec has
+    `select`. stays: why all stay, where the spec asks for less."""
 
     site: Site
     key: Layout
     value: Layout
     keep: Keep | None = None
     stays: str = ""
+    reading: Reading | None = None
 
     def bytes(self, tokens: int) -> tuple[int, int]:
         """(stored, dense) bytes of one sequence with a prompt of `tokens` tokens, keys and values."""
@@ -107,18 +109,21 @@ def make_plan(
     sites = [s for s in found if isinstance(s, Site)]
     asked = {s.index: spec.layer(s.layer, layers) for s in sites}
     kept = keeps(sites, {i: a.keep for i, a in asked.items()}, existing)
+    read = readings(found, spec)
     entries: list[SitePlan | Declined] = []
     for s in found:
         if isinstance(s, Declined):
             entries.append(s)
             continue
-        keep = kept[s.index]
+        keep, select = kept[s.index], asked[s.index].select
         key, value = (
             existing.get(cache.buffer) or evicting(layout_of(tensor, cache, device), keep, keys)
             for cache, tensor, keys in ((s.key, asked[s.index].k, True), (s.value, asked[s.index].v, False))
         )
+        if select and s.key.buffer not in existing and s.pattern != "read back":
+            key = replace(key, sketch=select.sketch(s.layer))
         stays = keep if isinstance(keep, str) else ""
-        entries.append(SitePlan(s, key, value, keep if isinstance(keep, Keep) else None, stays))
+        entries.append(SitePlan(s, key, value, None if isinstance(keep, str) else keep, stays, read.get(s.index)))
     return Plan(tuple(entries))
 
 

@@ -120,6 +120,19 @@ def say_read_back(plan: Plan) -> None:
             log.warning("kvc reads a compressed cache back in full each step (%s): %s", e.site.where, e.site.note)
 
 
+def unselected(plan: Plan, request: Request) -> None:
+    """Layers that read all, where the spec selects and it cannot be done: an error under `strict`, else one warning for
+    each reason."""
+    found = [e for e in plan.planned if e.reading and e.reading.declined]
+    lines = [f"attention {e.site.index} ({e.site.where}): {e.reading.reason}" for e in found]  # type: ignore[union-attr]
+    if lines and request.strict:
+        raise DeclinedError("`select` does not apply, and strict is set:\n  " + "\n  ".join(lines))
+    for line in lines:
+        if line not in _warned:
+            _warned.add(line)
+            log.warning("kvc reads all of a cache although the spec selects: %s", line)
+
+
 # ---------------------------------------------------------------- what is reported
 
 
@@ -161,6 +174,7 @@ class SiteReport:
     keep: Keep | None = None  # which tokens stay, where some do not
     stays: str = ""  # why all tokens stay, where the spec asks for less
     difference: Difference | None = None  # of its output from the untouched graph's, under `verify`
+    reads: str = ""  # under `select`: what a decode step reads, or why it reads all
 
     @property
     def mixed(self) -> bool:
@@ -301,6 +315,8 @@ def _cells(s: SiteReport) -> tuple[str, str, str]:
     """A site's cells in the table, the layer excepted."""
     kinds = dict.fromkeys(x.kind or "other" for x in s.seen)
     said = s.reason + (f"; where compressed: {s.layout}" if s.mixed else "") if s.reason else s.layout
+    if s.reads and s.keys:
+        said += f"; {s.reads}"
     if s.note and s.keys:
         said += f"; read back in full each step: {s.note}"
     if s.stays and s.keys:
@@ -313,6 +329,9 @@ def _cells(s: SiteReport) -> tuple[str, str, str]:
 def words(layout: Layout) -> str:
     """A layout for people: "int4, scale and middle per 32 tokens x 1 channel, first 4 and last 64 tokens exact"."""
     c = layout.codec
+    if layout.sketch:
+        index = f"{8 * layout.sketch_bytes}-bit hashes" if layout.sketch.startswith("hash") else "an index of channels"
+        return f"{words(replace(layout, sketch=''))}, with {index} ({layout.sketch_bytes} bytes a token and head)"
     if c.kind == "raw":
         return f"{layout.dtype} as it is"
     said = "fp8 (e4m3)" if c.kind == "fp" else f"int{c.bits}"
@@ -442,7 +461,15 @@ def _merge(entries: list[Entry]) -> SiteReport:
         keep=next((e.keep for e, _ in reversed(stored) if e.keep), None),
         stays="; ".join(dict.fromkeys(e.stays for e, _ in stored if e.stays)),
         difference=worst(x.difference for x in entries if x.difference),
+        reads=_reads([e for e, _ in stored]),
     )
+
+
+def _reads(plans: list[SitePlan]) -> str:
+    """What an attention reads in graphs of one kind or another: of a decode step where there is one."""
+    steps = [e for e in plans if e.reading and (e.reading.selection or e.site.queries == 1)]
+    said = [e.reading.words(e.site.layer) for e in steps or plans if e.reading]
+    return "; ".join(dict.fromkeys(said))
 
 
 EAGER = "where it runs in eager code, as Dynamo gave up on a frame or the model is not compiled"

@@ -42,6 +42,9 @@ class Site:
     note: str = ""  # why it is read back
     cap: float = 0.0  # scores s become cap * tanh(s / cap)
     sinks: str = ""  # node of the scores [query heads] that take their share of the softmax and have no value
+    queries: int = 0  # of a sequence; 0: their number varies
+    window: bool = False  # its cache forgets tokens that fell out of a sliding window
+    slots: int = 0  # of its cache; 0: their number varies
 
 
 @dataclass(frozen=True)

@@ -117,4 +117,7 @@ def resize(data: Tensor, row_bytes: int, layout: Layout) -> Tensor:
         n = min(old.words.shape[3], new.words.shape[3])
         new.words[..., :n] = old.words[..., :n]
         new.words[:, :, 0, n:] = old.header[..., reference.EVICTED].unsqueeze(-1)  # as after any eviction
+    if old.sketch is not None and new.sketch is not None:
+        n = min(old.sketch.shape[2], new.sketch.shape[2])
+        new.sketch[:, :, :n] = old.sketch[:, :, :n]
     return out

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvc_compile.kernels.reference import EVICTED, LENGTH, views
+from kvc_compile.kernels.select import held
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu
 
@@ -79,6 +80,8 @@ def store(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) -> 
         _kernels().append(data, x, layout, positions)
     else:
         cpu.append(data, x, positions, layout)
+    if layout.sketch:
+        held.update(data, x, layout)
 
 
 @shapes(append)
@@ -104,6 +107,8 @@ def append_pair(
     else:
         cpu.append(k_data, k_new, positions, k)
         cpu.append(v_data, v_new, positions, v)
+    if k.sketch:
+        held.update(k_data, k_new, k)
 
 
 @shapes(append_pair)

@@ -153,6 +153,9 @@ def match(index: int, a: Attention, writers: Writers) -> Match:
         where=where(a.node),
         cap=a.cap,
         sinks=a.sinks.name if a.sinks is not None else "",
+        queries=fixed(shape(a.q)[2]),  # type: ignore[index]
+        window=key.positions is None if isinstance(key, Buffer) else key.kept is not None,
+        slots=fixed(shape(key.node)[2]) if isinstance(key, Buffer) else 0,  # type: ignore[index]
     )
     return Match(site, a, key, val, (*kp.path, *vp.path), kp.window is not None)
 
@@ -226,6 +229,11 @@ def pair(a: Attention, kp: Peeled, key: Buffer | Concat, vp: Peeled, val: Buffer
         if len(ms) == 3 and not same(ms[0], 1):
             raise Decline(f"a mask {tuple(ms)} of three dimensions")
         # a size that is not 1 is the attention's own, or tracing it would have failed
+
+
+def fixed(size: object) -> int:
+    """A size that is a number, else 0."""
+    return size if isinstance(size, int) else 0
 
 
 def size(x: object) -> object:

@@ -49,6 +49,7 @@ from kvc_compile.passes.caches import (
 )
 from kvc_compile.passes.fx import copy_meta, erase_unused, is_call, output, shape, value, writes
 from kvc_compile.passes.recognise import Match
+from kvc_compile.passes.selecting import Selecting
 from kvc_compile.passes.windows import last_tokens
 from kvc_compile.plan import SLACK, Keep, Plan, SitePlan, Slide
 
@@ -147,6 +148,7 @@ class _Rewrite:
         self.positions: dict[Node, Node] = {}  # append to a slice -> the positions that it writes to
         self.prompts: dict[int, list[evict.Prompt]] = {}  # by group, see `plan.Keep`
         self.steps: list[evict.Prompt] = []
+        self.selecting = Selecting(graph)
 
     def call(self, op: Any, *args: Any, like: Node, fake: Any = None) -> Node:
         node = self.graph.call_function(op, args)
@@ -164,6 +166,7 @@ class _Rewrite:
         m = replace(m, key=self.placed(m.key), value=self.placed(m.value))
         self.slides[m.site.index] = Slide.of(p.key, p.value)
         prompt = evict.is_prompt(m, p)
+        self.selecting.prepare(p, value(m.key.x).device)
         if isinstance(m.key, Concat) and m.site.key.kind == "fresh":
             if prompt:
                 self.prompt(m, p, m.attention.node)  # type: ignore[union-attr]
@@ -203,13 +206,15 @@ class _Rewrite:
                         kvc.slots.default, k, positions, p.key.key, like=a.node, fake=value(positions)
                     )
             args: tuple[Any, ...] = (a.q, k, v, m.key.x, m.value.x, mask, positions, causal, a.scale, *layouts)
-            if mask is not None and value(a.q).is_cuda:
+            rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
+            rest = {name: x for name, x in rest.items() if x is not None}
+            some = self.selecting.attend(p, a.node, args[:5], a.mask, positions, a.scale, rest)
+            if not some and mask is not None and value(a.q).is_cuda:
                 if mask not in self.bounds:
                     self.bounds[mask] = self.call(bounds, mask, like=a.node)
                 args += (self.bounds[mask],)
-            new = self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
-            rest = {"cap": a.cap or None, "sinks": a.sinks, "shown": self.shown(m.key)}
-            new.kwargs = {name: x for name, x in rest.items() if x is not None}
+            new = some or self.call(kvc.attend.default, *args, like=a.node, fake=value(a.node))
+            new.kwargs = rest
         if not (prompt or evict.is_step(m, p)) and isinstance(m.key, Buffer) and isinstance(m.value, Buffer):
             m = replace(m, key=replace(m.key, positions=positions), value=replace(m.value, positions=positions))
         self.rest(m, p, new)

@@ -62,7 +62,12 @@ def compare(spec: Query, q: Tensor, sketch: Sketch, p: Parts, scale: float) -> T
     """
     kind = KINDS[spec.index.kind]
     heads = sketch.unit.shape[1]
-    x = kind.compare(q.to(accumulate_dtype(q)).unflatten(1, (heads, -1)), sketch)
+    return agreed(spec, kind.compare(q.to(accumulate_dtype(q)).unflatten(1, (heads, -1)), sketch), sketch, scale)
+
+
+def agreed(spec: Query, x: Tensor, sketch: Sketch, scale: float) -> Tensor:
+    """`compare`, from what each query head [B, H, G, U] says."""
+    kind = KINDS[spec.index.kind]
     valid = (sketch.size > 0).unsqueeze(2)
     x = torch.where(valid, x, -torch.inf)
     if not kind.logits:
@@ -81,7 +86,8 @@ def random_projection(heads: int, channels: int, bits: int, seed: int = 0) -> Te
     return torch.randn(heads, channels, bits, generator=g)
 
 
-def _token_units(k: Tensor, p: Parts) -> tuple[Tensor, Tensor]:
+def token_units(k: Tensor, p: Parts) -> tuple[Tensor, Tensor]:
+    """`Sketch.unit` and `size` of units that are tokens. k: [B, H, T, ..]"""
     batch, heads, tokens = k.shape[:3]
     steps = torch.arange(tokens, device=k.device).expand(batch, heads, -1)
     return steps, p.body.long().unsqueeze(1).expand(-1, heads, -1)
@@ -97,7 +103,7 @@ def _centred(spec: Query, k: Tensor, p: Parts) -> tuple[Tensor, Tensor | None]:
 
 def _exact(spec: Query, k: Tensor, p: Parts, table: Tensor | None) -> Sketch:
     """The keys themselves (TidalDecode, Yang et al. 2024, arXiv:2410.05076)."""
-    return Sketch((k,), *_token_units(k, p))
+    return Sketch((k,), *token_units(k, p))
 
 
 def _dot(q: Tensor, s: Sketch) -> Tensor:
@@ -109,7 +115,7 @@ def _channels(spec: Query, k: Tensor, p: Parts, table: Tensor | None) -> Sketch:
     if table is None:
         raise ValueError("an index of channels needs their table")
     chosen = table.expand(k.shape[1], -1)[None, :, None].expand(k.shape[0], -1, k.shape[2], -1)
-    return Sketch((k.gather(3, chosen),), *_token_units(k, p), map=table.expand(k.shape[1], -1))
+    return Sketch((k.gather(3, chosen),), *token_units(k, p), map=table.expand(k.shape[1], -1))
 
 
 def _dot_channels(q: Tensor, s: Sketch) -> Tensor:
@@ -124,7 +130,7 @@ def _hash(spec: Query, k: Tensor, p: Parts, table: Tensor | None) -> Sketch:
         table = random_projection(k.shape[1], k.shape[3], spec.index.bits).to(k.device)
     table = table.to(k.dtype).expand(k.shape[1], -1, -1)
     centred, centre = _centred(spec, k, p)
-    return Sketch((_signs(torch.einsum("bhtd,hdr->bhtr", centred, table)),), *_token_units(k, p), centre, table)
+    return Sketch((_signs(torch.einsum("bhtd,hdr->bhtr", centred, table)),), *token_units(k, p), centre, table)
 
 
 def _signs(x: Tensor) -> Tensor:

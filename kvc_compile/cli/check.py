@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
 def as_data(spec: Spec, refused: NotImplementedInSpec | None) -> dict[str, Any]:
     """The answer of `--json`; bits_per_element is that of encoded tokens, in heads of `head_dim` channels."""
     tensors = [] if refused else [{"layers": scope or "all", **row(side, t)} for scope, side, t in tensors_of(spec)]
+    said = {} if refused else reads(spec)
+    for data in tensors:
+        data["reads"] = said.get(data["layers"])
     return {
         "ok": refused is None,
         "name": spec.name,
@@ -69,8 +72,20 @@ def as_text(spec: Spec, refused: NotImplementedInSpec | None) -> str:
     for scope, side, tensor in tensors_of(spec):
         rows.append((scope if len(scope) <= 24 else scope[:21] + "...", side.upper(), *cells(tensor)))
     lines += table(rows)
+    lines += [f"{name}: {text}" for name, text in reads(spec).items()]
     return "\n".join(
         [*lines, "", f"Regions in tokens; bits per number of encoded tokens, in heads of {WIDTH} channels."]
+    )
+
+
+def reads(spec: Spec) -> dict[str, str]:
+    """By scope, what a step reads of a cache; empty where nothing selects."""
+    scopes = spec.scopes()
+    said = {scope or ("others" if len(scopes) > 1 else "all"): layer.select for scope, layer in scopes}
+    return (
+        {name: f"a step reads {s.words}" if s else "all is read" for name, s in said.items()}
+        if any(said.values())
+        else {}
     )
 
 

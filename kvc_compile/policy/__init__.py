@@ -10,6 +10,7 @@ from .policy import Policy, key_of, unbuilt, words_of
 from .query import Index, Query, query_of
 from .rule import Alloc, Budget, Diverse, Fold, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
+from .selection import Selection
 
 __all__ = [
     "Alloc",
@@ -28,6 +29,7 @@ __all__ = [
     "Regions",
     "Rule",
     "Score",
+    "Selection",
     "Unbuilt",
     "groups_of",
     "key_of",

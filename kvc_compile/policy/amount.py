@@ -46,7 +46,7 @@ class Amount:
 
     def of(self, n: Any) -> Any:
         """The whole number of tokens, rounded down and never below 0; `n` an int or an int64 tensor."""
-        top, bottom = ratio(self.tree, {"n": n, "t": n})
+        top, bottom = self.ratio(n)
         floor = top // bottom
         return max(0, floor) if isinstance(floor, int) else floor.clamp(min=0)
 
@@ -57,8 +57,12 @@ class Amount:
 
     def real(self, n: Any) -> Any:
         """The value itself, a float or a floating-point tensor; `t` is another name of `n` here."""
-        top, bottom = ratio(self.tree, {"n": n, "t": n})
+        top, bottom = self.ratio(n)
         return top / bottom
+
+    def ratio(self, n: Any) -> tuple[Any, Any]:
+        """The value as numerator and denominator."""
+        return ratio(self.tree, {"n": n, "t": n})
 
 
 def expression(text: str) -> Node:

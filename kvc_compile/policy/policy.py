@@ -110,6 +110,8 @@ def unbuilt(fragment: Mapping[str, Any]) -> str:
     if len(rules) > 1:
         return "several rules"
     (r,) = rules
+    if fragment.get("select", "off") != "off":
+        return "together with select"
     if not set(r.when) <= {"prefill_end", "append"}:
         return "when: " + ", ".join(w for w in r.when if w not in ("prefill_end", "append"))
     if "append" in r.when and (what := unbuilt_step(r, fragment)):

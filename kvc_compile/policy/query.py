@@ -52,7 +52,7 @@ def query_of(data: Any) -> Query | None:
     """From `select:`; None for off. Raises Unbuilt."""
     if data in (None, "off"):
         return None
-    for key in ("query", "alloc", "match"):
+    for key in ("query", "when", "alloc", "match"):
         if key in data:
             raise Unbuilt(f"select.{key}")
     if data.get("estimator", "topk") != "topk" or data.get("run", "gpu") != "gpu":
@@ -81,20 +81,24 @@ def _index(data: Any) -> Index:
         return Index()
     pool, basis, codec = data.get("pool"), data.get("basis", {}), data.get("codec", {})
     center = data.get("center") == "mean"
-    if {"learned", "ann"} & data.keys() or "vq" in codec:
-        raise Unbuilt("select.index: learned, ann, vq")
-    if isinstance(pool, Mapping):
-        return Index("kmeans", iters=pool["centroid"].get("iters", Index.iters), center=center)
+    if {"learned", "ann"} & data.keys() or "vq" in codec or data.get("rope", "post") != "post":
+        raise Unbuilt("select.index: learned, ann, vq, or keys before the rotary embedding")
     if pool is not None:
-        return Index(pool, center=center)
-    if codec.get("int") == 1:
+        if data.keys() - {"pool", "rope"}:
+            raise Unbuilt("select.index: a pool of what is not the keys as they are")
+        if isinstance(pool, Mapping):
+            return Index("kmeans", iters=pool["centroid"].get("iters", Index.iters))
+        return Index(pool)
+    if basis.keys() - {"map", "rank", "table"}:
+        raise Unbuilt("select.index.basis: this one")
+    if codec == {"int": 1} and "table" not in basis:
         kind, rank = basis.get("map", "random"), basis.get("rank", HASH_BITS)
         if not isinstance(rank, int) or not isinstance(kind, str):
             raise Unbuilt("select.index: a hash of other than a number of bits")
         return Index("hash", bits=rank, center=center, file="" if kind == "random" else kind)
-    if basis.get("map") == "channels":
+    if basis.get("map") == "channels" and not codec and not center:
         rank = basis.get("rank", str(Fraction(1, 16)))
         if isinstance(rank, Mapping):
             raise Unbuilt("select.index.basis.rank: energy, table")
-        return Index("channels", Amount.parse(rank), center=center, file=basis.get("table", ""))
+        return Index("channels", Amount.parse(rank), file=basis.get("table", ""))
     raise Unbuilt("select.index: this basis or codec")

@@ -14,10 +14,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, NoReturn, Protocol
+
+from kvc_compile.policy import Unbuilt
 
 from .errors import Path, SpecError, nearest, show, show_path
 from .source import MAX_INT, Node, scalar
@@ -468,6 +470,38 @@ class Apart(Planned):
 
     def text(self) -> str:
         return self.type.text()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A value of which another part of the program says whether it runs. resolve: raises `Unbuilt` if not."""
+
+    type: Type
+    resolve: Callable[[Any], object]
+
+    def claims(self, node: Node) -> bool:
+        return self.type.claims(node)
+
+    def check(self, node: Node, path: Path, ctx: Context) -> Any:
+        ctx.planned += 1
+        try:
+            data = self.type.check(node, path, ctx)
+        finally:
+            ctx.planned -= 1
+        try:
+            self.resolve(data)
+        except Unbuilt as e:
+            ctx.later(path, str(e))
+        return data
+
+    def text(self) -> str:
+        return self.type.text()
+
+    def json(self) -> Json:
+        return self.type.json()
+
+    def words(self) -> tuple[str, ...]:
+        return self.type.words()
 
 
 class Container:

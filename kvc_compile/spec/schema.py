@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvc_compile.policy import Unbuilt, query_of
+
 from .grammar import (
     Apart,
     Bool,
@@ -25,6 +27,7 @@ from .grammar import (
     Planned,
     Ratio,
     Ref,
+    Resolved,
     Text,
     Tuple,
     Type,
@@ -395,11 +398,13 @@ PARTS["rule"] = Map(
 PARTS["keep"] = OneOf(Enum("off"), Apart(part("rule")), Apart(List(part("rule"), hi=8)))
 
 INDEX_KEYS: dict[str, Key] = {
-    "codec": Key(part("codec"), "of the sketch"),
-    "basis": Key(part("basis"), "of the sketch"),
+    "codec": Key(part("codec"), "of the sketch", done=True),
+    "basis": Key(part("basis"), "of the sketch", done=True),
     "rope": Key(ROPE, "of the sketch"),
-    "pool": Key(OneOf(Enum("mean", "minmax"), just("centroid", CENTROID, "k-means")), "one sketch for a unit"),
-    "center": Key(Enum("mean"), "subtract first"),
+    "pool": Key(
+        OneOf(Enum("mean", "minmax"), just("centroid", CENTROID, "k-means")), "one sketch for a unit", done=True
+    ),
+    "center": Key(Enum("mean"), "subtract first", done=True),
     "learned": Key(OneOf(File(), NAME), "a trained index"),
     "ann": Key(Enum("graph"), "approximate nearest neighbours"),
 }
@@ -408,6 +413,7 @@ PARTS["query"] = Map(
         "index": Key(
             OneOf(Enum("exact"), Map(INDEX_KEYS, one_of=("learned", "ann"))),
             "what queries are compared with: the keys, or a sketch of them",
+            done=True,
             required=True,
         ),
         "unit": Key(
@@ -419,13 +425,14 @@ PARTS["query"] = Map(
                 just("segment", just("token_in", NAME, "a set of tokens"), "segments end at these tokens"),
             ),
             "what is read together (default token)",
+            done=True,
         ),
-        "budget": Key(OneOf(AMOUNT, UNITS), "tokens (or units, 64u) that a query reads", required=True),
+        "budget": Key(OneOf(AMOUNT, UNITS), "tokens (or units, 64u) that a query reads", done=True, required=True),
         "query": Key(OneOf(Enum("token"), Call("mean", NAME), Call("weighted", NAME)), "what asks"),
-        "gqa": Key(Enum("max", "mean", "sum"), "over the query heads that share a KV head"),
+        "gqa": Key(Enum("max", "mean", "sum"), "over the query heads that share a KV head", done=True),
         "when": Key(WHENS, "at which moments"),
-        "at": Key(List(Int(0, 9999), ascending=True), "layers that select"),
-        "reuse": Key(Enum("until_next"), "other layers read the same tokens"),
+        "at": Key(List(Int(0, 9999), ascending=True), "layers that select", done=True),
+        "reuse": Key(Enum("until_next"), "other layers read the same tokens", done=True),
         "alloc": Key(ALLOC, "how the budget is shared"),
         "estimator": Key(Enum("topk", "sample"), "exact top-k, or sampling"),
         "match": Key(
@@ -442,11 +449,19 @@ PARTS["query"] = Map(
             ),
             "how the sketch is compared",
         ),
-        "pin": Key(just("outliers", COUNT, "units"), "always read"),
+        "pin": Key(just("outliers", COUNT, "units"), "always read", done=True),
         "run": Key(Enum("gpu", "cpu"), "where attention over the rest runs"),
     }
 )
-PARTS["select"] = OneOf(Enum("off"), Planned(part("query")))
+
+
+def _selects(data: Any) -> None:
+    query = query_of(data)
+    if query is not None and query.index.kind == "hash" and query.index.file:
+        raise Unbuilt("select.index: a hash that is read from a file")
+
+
+PARTS["select"] = OneOf(Enum("off"), Resolved(part("query"), _selects))
 ATTEND = Map(
     {
         "when": Key(WHEN, "in which phase"),

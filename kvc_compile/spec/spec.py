@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from kvc_compile.policy import key_of
+from kvc_compile.policy import Selection, key_of
 
 from . import artefacts, heads, laws, ranges, source
 from .artefacts import Artefact, Place
+from .channels import channels_of
 from .errors import NotImplementedInSpec, Path, SpecError, nearest, show
 from .expand import expand, scoped
 from .grammar import Context
@@ -190,7 +191,12 @@ class Spec:
         owner = ranges.resolve(names, n_layers, ("layers",), Context(self.origin.file))
         if i in owner:
             data = scoped(data, data["layers"][owner[i]])
-        return _layer(data)
+        found = _layer(data)
+        if found.select is None or found.select.query.index.kind != "channels":
+            return found
+        folder = None if self.origin.folder is None else FilePath(self.origin.folder)
+        rows = channels_of(found.select.query.index.file, folder, self.origin.file, i, n_layers)
+        return replace(found, select=Selection.of(data["select"], data.get("tokens", {}), rows))
 
     def scopes(self) -> tuple[tuple[str, LayerSpec], ...]:
         """("", base) and (range, what holds there) for each range of `layers:`. Raises as `layer` does."""
@@ -289,7 +295,9 @@ def _lines(root: Node) -> dict[Path, int | None]:
 
 def _layer(fragment: dict[str, Any]) -> LayerSpec:
     k, v = (tensor_of(fragment, side, (), Context()) or TensorSpec() for side in ("k", "v"))
-    return LayerSpec(k, v, key_of(fragment))
+    select = fragment.get("select", "off")
+    chosen = None if select == "off" else Selection.of(select, fragment.get("tokens", {}))
+    return LayerSpec(k, v, key_of(fragment), chosen)
 
 
 def _scopes(data: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

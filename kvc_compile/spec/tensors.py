@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvc_compile.policy import Selection
+
 from .errors import Path
 from .grammar import Context
 
@@ -47,11 +49,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """keep: which tokens stay, as `policy.key_of` names it; "" if all do."""
+    """What holds for a layer. keep: which tokens stay, as `policy.key_of` names it, "" if all do; select: which stored
+    tokens a query reads, None for all."""
 
     k: TensorSpec = TensorSpec()
     v: TensorSpec = TensorSpec()
     keep: str = ""
+    select: Selection | None = None
 
 
 def codec_of(data: dict[str, Any] | None) -> CodecSpec | None:

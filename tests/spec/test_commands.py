@@ -23,6 +23,9 @@ def kvc(*words: str) -> int:
     return int(args.run(args))
 
 
+SELECT = {"quest", "double-sparsity", "hata", "shadowkv", "tidaldecode", "clusterkv"}
+
+
 @pytest.mark.parametrize("name", presets())
 def test_check_presets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     missing = Spec.load(name).missing
@@ -34,7 +37,10 @@ def test_check_presets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert kvc("check", name, "--json") == bool(missing)
     data = json.loads(capsys.readouterr().out)
     assert data["ok"] == (not missing) and data["expanded"] == Spec.load(name).expanded()
-    assert data["not_implemented"] == list(missing) and len(data["tensors"]) == (0 if missing else 2)
+    scopes = 0 if missing else len(Spec.load(name).scopes())
+    assert data["not_implemented"] == list(missing) and len(data["tensors"]) == 2 * scopes
+    assert ("a step reads" in out) == (name in SELECT)
+    assert [row["reads"] for row in data["tensors"]].count(None) < 2 * scopes or name not in SELECT
 
 
 def test_check_shows_scopes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
