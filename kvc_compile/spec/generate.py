@@ -91,7 +91,13 @@ with 4 bits, and 0.86 instead of 0.20 with 2 (`benchmarks/key_blocks.py`). `bits
 with blocks of 32 tokens lose less.
 
 **Status.** What is not implemented yet is still checked, and then refused by name. In the tables, *checked* and a star
-after a value say so.
+after a value say so. Of `keep`, that every key runs does not mean that every combination does: `kvc check` says which.
+
+**Eviction.** A rule of `keep` runs at the end of each prompt (`prefill_end`), and at each new token if it says so
+(`append`). A share (`25%%`) is of all tokens that a sequence has seen. Tokens that the newest query cannot see, such as
+padding, are not kept. Sliding windows keep what they have. With `append`, all tokens but the first `sink` ones are
+encoded at once, so `recent` says which ones may not go, not which ones are exact. A later prompt is scored by its own
+queries.
 
 **Safety.** A spec is plain data of at most 64 KiB of UTF-8: no tags, anchors, aliases, merge keys or second document,
 no code, at most %(depth)d levels and %(nodes)d values; expressions are parsed, never evaluated. Artefacts lie in the

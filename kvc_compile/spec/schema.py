@@ -104,15 +104,15 @@ PARTS["alloc"] = OneOf(
     Enum("uniform"),
     Map(
         {
-            "pyramid": Key(Num(0, 1000), "linear over layers, with this ratio of first to last"),
+            "pyramid": Key(Num(0, 1000), "linear over layers, with this ratio of first to last", True),
             "table": Key(TABLE, "shares of layers and heads"),
-            "waterfill": Key(Enum("head", "layer", "model"), "one threshold over this scope"),
-            "mass": Key(Enum("layer"), "by the attention mass that a layer's best tokens hold"),
-            "softmax": Key(NAME, "softmax over layers of this statistic"),
+            "waterfill": Key(Enum("head", "layer", "model"), "one threshold over this scope", True),
+            "mass": Key(Enum("layer"), "by the attention mass that a layer's best tokens hold", True),
+            "softmax": Key(NAME, "softmax over layers of this statistic", True),
             "entropy": Key(Enum("layer"), "by the entropy of a layer's scores"),
             "beta": Key(Num(0, 1000), "with `table`: how far shares may differ"),
-            "floor": Key(AMOUNT, "with `waterfill`: least share"),
-            "cap": Key(OneOf(AMOUNT, TIMES), "with `waterfill`: largest share"),
+            "floor": Key(AMOUNT, "with `waterfill`: least share", True),
+            "cap": Key(OneOf(AMOUNT, TIMES), "with `waterfill`: largest share", True),
         },
         one_of=("pyramid", "table", "waterfill", "mass", "softmax", "entropy"),
         need=True,
@@ -130,29 +130,33 @@ TAU = OneOf(Num(0, 1000), Tuple(Num(0, 1000), Num(0, 1000)))
 PARTS["attention"] = Map(
     {
         "probe": Key(
-            OneOf(PROBE, List(PROBE)), "which queries vote: all, the last ones, random ones, ..", required=True
+            OneOf(PROBE, List(PROBE)),
+            "which queries vote: all, the last ones, random ones, ..",
+            required=True,
+            done=True,
         ),
         "reduce": Key(
             OneOf(Enum("sum", "mean", "max"), Call("count_below", OneOf(Num(0, 1), Expr(("t", "n"))))),
             "over the probes",
             required=True,
+            done=True,
         ),
         "weight": Key(
             just("gumbel", just("tau", TAU, "temperature, or [first, last]"), "Gumbel noise"), "of the logits"
         ),
         "pool": Key(
-            OneOf(Call("max", Int(1, 1024), True), Call("avg", Int(1, 1024), True)), "over neighbouring tokens"
+            OneOf(Call("max", Int(1, 1024), True), Call("avg", Int(1, 1024), True)), "over neighbouring tokens", True
         ),
-        "gqa": Key(Enum("mean", "max", "sum"), "over the query heads that share a KV head"),
-        "heads": Key(Enum("mean", "sum"), "over KV heads"),
-        "across": Key(Enum("layers"), "accumulate over layers"),
+        "gqa": Key(Enum("mean", "max", "sum"), "over the query heads that share a KV head", True),
+        "heads": Key(Enum("mean", "sum"), "over KV heads", True),
+        "across": Key(Enum("layers"), "accumulate over layers", True),
     }
 )
 GRAPH_DECAY = Map(
     {
-        "seeds": Key(COUNT, "tokens that start"),
-        "lambda": Key(Num(0, 1), "decay of similar tokens"),
-        "rounds": Key(Int(1, 64), "of propagation"),
+        "seeds": Key(COUNT, "tokens that start", True),
+        "lambda": Key(Num(0, 1), "decay of similar tokens", True),
+        "rounds": Key(Int(1, 64), "of propagation", True),
     }
 )
 PARTS["score"] = OneOf(
@@ -160,20 +164,22 @@ PARTS["score"] = OneOf(
     Map(
         {
             "attn": Key(
-                OneOf(part("attention"), List(part("attention"), hi=8)), "attention weights that tokens receive"
+                OneOf(part("attention"), List(part("attention"), hi=8)), "attention weights that tokens receive", True
             ),
             "kv": Key(
                 OneOf(Enum("norm", "diff"), Call("lag", COUNT), Call("deviation", Enum("k", "v"))),
                 "from keys and values",
+                True,
             ),
             "learned": Key(OneOf(File(), NAME), "a small trained scorer"),
             "in": Key(List(Enum("q", "k", "v"), hi=3), "inputs of the trained scorer"),
             "then": Key(
                 OneOf(Call("mask", CONDITION), just("graph_decay", GRAPH_DECAY, "lower tokens like better ones")),
                 "applied to the score",
+                True,
             ),
-            "combine": Key(Enum("max", "sum"), "of several attention scores"),
-            "order": Key(Enum("asc", "desc"), "asc: the lowest stay (default desc)"),
+            "combine": Key(Enum("max", "sum"), "of several attention scores", True),
+            "order": Key(Enum("asc", "desc"), "asc: the lowest stay (default desc)", True),
         },
         one_of=("attn", "kv", "learned"),
         need=True,
@@ -321,10 +327,10 @@ PARTS["repr"] = REPR
 ASSIGN = OneOf(Enum("nearest", "nearest_pos", "adjacent", "single"), Call("learned", File()))
 MERGE = Map(
     {
-        "assign": Key(ASSIGN, "into which token", required=True),
-        "weight": Key(Enum("mean", "gauss", "exp_cos", "pivot", "count"), "of the merged token"),
-        "min_cos": Key(OneOf(Num(-1, 1), Call("ema", Num(0, 1))), "least cosine similarity"),
-        "zero_class": Key(Bool(), "tokens like no other are dropped"),
+        "assign": Key(ASSIGN, "into which token", required=True, done=True),
+        "weight": Key(Enum("mean", "gauss", "exp_cos", "pivot", "count"), "of the merged token", True),
+        "min_cos": Key(OneOf(Num(-1, 1), Call("ema", Num(0, 1))), "least cosine similarity", True),
+        "zero_class": Key(Bool(), "tokens like no other are dropped", True),
         "slots": Key(COUNT, "merged tokens kept"),
     }
 )
@@ -332,7 +338,7 @@ ELSE = OneOf(
     Enum("drop"),
     Map(
         {
-            "merge": Key(MERGE, "into tokens that stay"),
+            "merge": Key(MERGE, "into tokens that stay", True),
             "fold": Key(
                 Map(
                     {
@@ -354,7 +360,7 @@ PARTS["rule"] = Map(
         "of": Key(
             OneOf(Enum("prompt", "generated", "visual"), Call("tail", COUNT)), "region it is about (default all)"
         ),
-        "when": Key(WHENS, "at which moments it runs"),
+        "when": Key(WHENS, "at which moments it runs", True),
         "budget": Key(
             OneOf(
                 AMOUNT,
@@ -363,8 +369,9 @@ PARTS["rule"] = Map(
                 Map({"mass": Key(Num(0, 1), "share of attention", required=True), "cap": Key(AMOUNT, "at most")}),
             ),
             "tokens kept per head, besides the regions",
+            True,
         ),
-        "score": Key(part("score"), "what makes a token worth keeping"),
+        "score": Key(part("score"), "what makes a token worth keeping", True),
         "unit": Key(
             OneOf(
                 Enum("token"),
@@ -376,9 +383,10 @@ PARTS["rule"] = Map(
                 ),
             ),
             "what stays or goes together",
+            True,
         ),
-        "alloc": Key(ALLOC, "how the budget is shared by layers and heads"),
-        "protect": Key(just("newest", COUNT, "tokens"), "tokens that this pass does not touch"),
+        "alloc": Key(ALLOC, "how the budget is shared by layers and heads", True),
+        "protect": Key(just("newest", COUNT, "tokens"), "tokens that this pass does not touch", True),
         "diverse": Key(
             Map(
                 {
@@ -388,10 +396,11 @@ PARTS["rule"] = Map(
                 }
             ),
             "a share kept for variety",
+            True,
         ),
-        "reuse": Key(REUSE, "the same indices for a group of layers"),
+        "reuse": Key(REUSE, "the same indices for a group of layers", True),
         "refresh": Key(WHEN, "when everything is computed again"),
-        "else": Key(ELSE, "what becomes of the others (default drop)"),
+        "else": Key(ELSE, "what becomes of the others (default drop)", True),
     }
 )
 # what of a rule does not run yet is found by `laws_tokens`, from its meaning

@@ -80,13 +80,13 @@ def test_check_says_what_bits_became(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_check_names_what_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.yaml"
-    path.write_text("kvc: 1\nbits: 4\nbudget: 25%\n")
+    path.write_text("kvc: 1\nbits: 4\nrank: 25%\n")
     assert kvc("check", str(path)) == 1
     out, err = capsys.readouterr()
-    assert "keep" in out and "budget" in err and "not implemented" in err
+    assert "basis" in out and "rank" in err and "not implemented" in err
     assert kvc("check", "--json", str(path)) == 1
     data = json.loads(capsys.readouterr().out)
-    assert data["not_implemented"] == ["budget"] and not data["ok"]
+    assert data["not_implemented"] == ["rank"] and not data["ok"]
 
 
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
