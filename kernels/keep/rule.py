@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvc_compile.policy import Fold, Regions, Rule
+from kvc_compile.policy import Regions, Rule
 
 from .attention import Attention
 from .budget import counts
-from .fold import FeatureMaps, State, empty, fold
+from .fold import State
 from .merging import Merged, merge
-from .mixing import Mixer
 from .retention import capacity, kept, leader, others
 from .scoring import NO_CHANCE, Chance, observe, score
 from .tokens import Kept, compact, parts, scope
+from .trained import Trained, folded
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,6 @@ class Outcome:
     merged: Merged | None = None
     demoted: Kept | None = None
     folded: State | None = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a rule needs of a layer's trained maps. scores: [B, H, T], of its heads, when tokens were appended; maps and
-    state: of a fold, the state None at first; mixer: of a learned merge."""
-
-    scores: Tensor | None = None
-    maps: FeatureMaps | None = None
-    state: State | None = None
-    mixer: Mixer | None = None
 
 
 def apply(
@@ -70,39 +59,21 @@ def apply(
             scores.append(scores[leader(i, rule.reuse)])
             continue
         before = scores[i - 1] if i else None
-        scores.append(
-            score(
-                rule.score,
-                p,
-                a.k,
-                v,
-                observe(rule.score, a, chance),
-                allowed=allowed,
-                before=before,
-                learned=maps[i].scores,
-            )
-        )
+        state, learned = observe(rule.score, a, chance), maps[i].scores
+        scores.append(score(rule.score, p, a.k, v, state, allowed=allowed, before=before, learned=learned))
     number = counts(rule.budget, rule.alloc, p, len(layers), heads, torch.stack(scores), table)
     most = capacity(rule, regions, tokens, len(layers), heads) if rule.of is None else tokens
     found = []
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
         mask = kept(rule, p, scores[i], number[leader(i, rule.reuse)])
         stays = compact(mask, most)
+        going, own = visible.unsqueeze(1) & ~mask, maps[i]
         found.append(
             Outcome(
                 stays,
-                None
-                if rule.merge is None
-                else merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=maps[i].mixer),
+                rule.merge and merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=own.mixer),
                 others(mask, visible) if rule.demote else None,
-                None if rule.fold is None else _folded(rule.fold, maps[i], a.k, v, visible.unsqueeze(1) & ~mask),
+                folded=rule.fold and folded(rule.fold, own, a.k, v, going),
             )
         )
     return found
-
-
-def _folded(spec: Fold, trained: Trained, k: Tensor, v: Tensor, going: Tensor) -> State:
-    if trained.maps is None:
-        raise ValueError(f"folding needs the trained maps of {spec.file!r}")
-    state = empty(trained.maps, len(k), v) if trained.state is None else trained.state
-    return fold(trained.maps, state, k, v, going)
