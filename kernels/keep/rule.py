@@ -68,12 +68,7 @@ def apply(
         mask = kept(rule, p, scores[i], number[leader(i, rule.reuse)])
         stays = compact(mask, most)
         going, own = visible.unsqueeze(1) & ~mask, maps[i]
-        found.append(
-            Outcome(
-                stays,
-                rule.merge and merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=own.mixer),
-                others(mask, visible) if rule.demote else None,
-                folded=rule.fold and folded(rule.fold, own, a.k, v, going),
-            )
-        )
+        merged = merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=own.mixer) if rule.merge else None
+        state_of = folded(rule.fold, own, a.k, v, going) if rule.fold else None
+        found.append(Outcome(stays, merged, others(mask, visible) if rule.demote else None, folded=state_of))
     return found
