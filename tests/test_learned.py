@@ -15,7 +15,7 @@ from kvc_compile import maps
 from kvc_compile.kernels.keep import fold as folding
 from kvc_compile.kernels.keep.learned import RetainingHead, retaining
 from kvc_compile.kernels.keep.mixing import Mixer
-from kvc_compile.kernels.keep.rule import Trained
+from kvc_compile.kernels.keep.trained import Trained
 from kvc_compile.kernels.select.selection import attention
 from kvc_compile.policy import Unbuilt, rules_of
 from kvc_compile.spec import Spec, SpecError

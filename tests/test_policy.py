@@ -10,9 +10,10 @@ import yaml
 from test_keep_papers import HEADS, random_data
 from test_learned import random_maps, random_mixer
 
-from kvc_compile.kernels.keep.rule import Trained, apply
+from kvc_compile.kernels.keep.rule import apply
 from kvc_compile.kernels.keep.scoring import Chance, gumbel
 from kvc_compile.kernels.keep.tokens import parts
+from kvc_compile.kernels.keep.trained import Trained
 from kvc_compile.kernels.select.index import build, compare
 from kvc_compile.kernels.select.selection import capacity, outliers, select
 from kvc_compile.policy import Unbuilt, query_of, regions_of, rules_of

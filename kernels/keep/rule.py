@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvc_compile.policy import Fold, Regions, Rule
+from kvc_compile.policy import Regions, Rule
 
 from .attention import Attention, Columns, over_group
 from .budget import counts
-from .fold import FeatureMaps, State, empty, fold
+from .fold import State
 from .merging import Merged, merge
-from .mixing import Mixer
 from .retention import capacity, kept, leader, others
 from .scoring import NO_CHANCE, Chance, observe, score
 from .tokens import Kept, compact, parts, scope
+from .trained import Trained, folded
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,6 @@ class Past:
     seen: Tensor
     holes: Sequence[Tensor]
     received: Sequence[Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a rule needs of a layer's trained maps. scores: [B, H, T], of its heads, when tokens were appended; maps and
-    state: of a fold, the state None at first; mixer: of a learned merge."""
-
-    scores: Tensor | None = None
-    maps: FeatureMaps | None = None
-    state: State | None = None
-    mixer: Mixer | None = None
 
 
 def apply(
@@ -108,22 +97,10 @@ def apply(
     for i, (a, v) in enumerate(zip(layers, values, strict=True)):
         mask = kept(rule, p, scores[i], number[leader(i, rule.reuse)])
         stays = compact(mask, most)
+        going, own_maps = visible.unsqueeze(1) & ~mask, maps[i]
+        merged = merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=own_maps.mixer) if rule.merge else None
+        state_of = folded(rule.fold, own_maps, a.k, v, going) if rule.fold else None
         found.append(
-            Outcome(
-                stays,
-                None
-                if rule.merge is None
-                else merge(rule.merge, p, a.k, v, stays, scores=scores[i], mixer=maps[i].mixer),
-                others(mask, visible) if rule.demote else None,
-                None if rule.fold is None else _folded(rule.fold, maps[i], a.k, v, visible.unsqueeze(1) & ~mask),
-                totals[i],
-            )
+            Outcome(stays, merged, others(mask, visible) if rule.demote else None, folded=state_of, total=totals[i])
         )
     return found
-
-
-def _folded(spec: Fold, trained: Trained, k: Tensor, v: Tensor, going: Tensor) -> State:
-    if trained.maps is None:
-        raise ValueError(f"folding needs the trained maps of {spec.file!r}")
-    state = empty(trained.maps, len(k), v) if trained.state is None else trained.state
-    return fold(trained.maps, state, k, v, going)

@@ -259,7 +259,9 @@ def _build(root: Node, file: str | None, folder: FilePath | None, name: str) -> 
     names = {key: full.pop(key, "") for key in ("name", "description")}
     # a second check puts the keys into the vocabulary's order, which makes the text canonical
     full = SPEC.check(source.from_data(full, file), (), Context(file))
-    origin = Origin(file, tuple(dict.fromkeys(ctx.todo)), None if folder is None else str(folder), tuple(ctx.notes))
+    origin = Origin(
+        file, tuple(dict.fromkeys(ctx.todo)), None if folder is None else str(folder.absolute()), tuple(ctx.notes)
+    )
     files = () if folder is None else _artefacts(folder, ctx.files)
     spec = Spec(json.dumps(full), names["name"], names["description"], origin, files)
     if spec.name:

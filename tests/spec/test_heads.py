@@ -168,6 +168,14 @@ def test_a_mapping_has_no_folder() -> None:
         found.head_classes((2,))
 
 
+def test_a_folder_is_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec(tmp_path, "names.json")
+    monkeypatch.chdir(tmp_path)
+    found = Spec.load("s.yaml")
+    monkeypatch.chdir(tmp_path.parent)
+    assert whole(found.head_classes((2, 2, 2))) == {(0, 0), (2, 1)}
+
+
 def test_a_spec_is_its_files_too(tmp_path: Path) -> None:
     """A compile with the same spec and another table is another compile."""
     one = spec(tmp_path, "names.json")
