@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from kvc_compile.handle import CacheHandle, Tag, become, growing, held_elsewhere, moved, track
-from kvc_compile.kernels.keep.retention import capacity
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.passes.rewrite import Input, Output, Rewritten
 from kvc_compile.plan import SLACK, Slide
-from kvc_compile.policy import Policy
+from kvc_compile.policy import Policy, capacity
 
 if TYPE_CHECKING:
     from kvc_compile.beside import Beside

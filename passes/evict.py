@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kvc_compile.kernels.keep.retention import capacity
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import keeping  # noqa: F401  (defines the operators)
 from kvc_compile.passes.caches import Buffer, Concat, born_sizes, kind
 from kvc_compile.passes.fx import copy_meta, shape, value
 from kvc_compile.passes.recognise import Match
 from kvc_compile.plan import SLACK, Keep, SitePlan
-from kvc_compile.policy import Policy
+from kvc_compile.policy import Policy, capacity, larger
 
 kvc = torch.ops.kvc
 Call = Callable[..., Node]  # of `rewrite`: puts an operator where the graph is being written
@@ -71,7 +70,7 @@ def room(tokens: Any, most: Any, policy: str, layers: int, heads: int) -> Any:
     if p.steps and most is not None:
         return capacity(p.rule, p.regions, most, layers, heads)
     kept = capacity(p.rule, p.regions, tokens, layers, heads)
-    return kept + (SLACK if most is None else torch.sym_max(most - tokens, 0))
+    return kept + (SLACK if most is None else larger(most - tokens, 0))
 
 
 def call_room(graph: Graph, tokens: Any, most: Any, keep: Keep, heads: int, like: Node) -> Any:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from test_keep_papers import HEADS, random_data, rule_of
 
 from kvc_compile.kernels.keep.merging import merge
-from kvc_compile.kernels.keep.retention import capacity, leader
+from kvc_compile.kernels.keep.retention import leader
 from kvc_compile.kernels.keep.rule import apply
 from kvc_compile.kernels.keep.scoring import Chance, gumbel
 from kvc_compile.kernels.keep.tokens import parts, scope
 from kvc_compile.kernels.select.selection import attention
-from kvc_compile.policy import Amount
+from kvc_compile.policy import Amount, capacity
 
 FAST = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None

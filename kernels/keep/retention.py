@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kvc_compile.policy import Diverse, Regions, Rule
+from kvc_compile.policy import Diverse, Rule
 
 from .tokens import Kept, Parts, compact, places
 
@@ -38,28 +36,6 @@ def kept(rule: Rule, p: Parts, scores: Tensor, count: Tensor) -> Tensor:
 def retain(rule: Rule, p: Parts, scores: Tensor, count: Tensor, capacity: int) -> Kept:
     """`kept` as indices with room for `capacity` slots, see there."""
     return compact(kept(rule, p, scores, count), capacity)
-
-
-def capacity(
-    rule: Rule, regions: Regions, tokens: Any, layers: int = 1, heads: int = 1, most: int | None = None
-) -> Any:
-    """Slots that a head never exceeds, for rows of at most `tokens` tokens (a number, or a symbol of a graph): static,
-    and sufficient for every alloc; at least 1. most: the largest count of a table."""
-    budget, how = rule.budget, rule.alloc
-    if budget.tokens is None or not all(a.monotone for a in (budget.tokens, regions.sink, regions.recent)):
-        return tokens
-    base = budget.tokens.most(tokens)
-    sharing = {"uniform": 1, "table": 1, "mass": layers, "softmax": layers, "pyramid": 2}
-    count = base * sharing.get(how.kind, heads if how.scope == "head" else layers * heads)
-    if how.kind == "waterfill" and how.cap is not None:
-        count = torch.sym_min(count, torch.sym_max(how.cap.most(base), how.floor.most(base)))
-    if how.kind == "pyramid":
-        count += 1  # rounding
-    if how.kind == "table":
-        count = tokens if most is None else most
-    count = torch.sym_max(torch.sym_max(count, rule.newest), base)
-    kept = regions.sink.most(tokens) + regions.recent.most(tokens) + count
-    return torch.sym_max(1, torch.sym_min(tokens, kept))
 
 
 def others(mask: Tensor, visible: Tensor) -> Kept:

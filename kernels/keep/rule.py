@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvc_compile.policy import Regions, Rule
+from kvc_compile.policy import Regions, Rule, capacity
 
 from .attention import Attention, Columns, over_group
 from .budget import counts
 from .fold import State
 from .merging import Merged, merge
-from .retention import capacity, kept, leader, others
+from .retention import kept, leader, others
 from .scoring import NO_CHANCE, Chance, observe, score
 from .tokens import Kept, compact, parts, scope
 from .trained import Trained, folded

@@ -8,6 +8,7 @@ from .amount import Amount, Unbuilt
 from .heads import HeadGroup, groups_of
 from .policy import Policy, key_of, unbuilt, words_of
 from .query import Index, Query, query_of
+from .room import capacity, larger
 from .rule import Alloc, Budget, Diverse, Fold, Merge, Regions, Rule, regions_of, rules_of
 from .score import AttentionScore, GraphDecay, Probe, Score, score_of
 from .selection import Selection
@@ -31,8 +32,10 @@ __all__ = [
     "Score",
     "Selection",
     "Unbuilt",
+    "capacity",
     "groups_of",
     "key_of",
+    "larger",
     "query_of",
     "regions_of",
     "rules_of",
