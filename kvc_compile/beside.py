@@ -89,8 +89,8 @@ class Beside:
                 a.arena.kvc_beside = None if self.done else b  # type: ignore[attr-defined]
 
     def warn(self, plan: SitePlan) -> None:
-        """A cache that is stored as it is must not make a difference."""
-        if any(x.codec.kind != "raw" for x in (plan.key, plan.value)):
+        """A cache that is stored as it is, and read whole, must not make a difference."""
+        if (plan.reading and plan.reading.selection) or any(x.codec.kind != "raw" for x in (plan.key, plan.value)):
             return
         found = self.found.sites[plan.site.index].relative
         if not found <= LOSSLESS.get(getattr(torch, plan.key.dtype), LOSSLESS_HALF):

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kvc_compile.backend as backend
+from kvc_compile.dump import plan_data, readme
 from kvc_compile.kernels.reference import views
 from kvc_compile.kernels.select.index import random_projection
 from kvc_compile.layout import Codec, Layout
@@ -221,6 +222,9 @@ def check(model, path, draw, choices, steps, first=lambda row: 0):
             assert all(len(head) < k.shape[1] for head in got)  # some are left out
     held = [bool(Layout.parse(keys).sketch) for keys, _ in layouts(model).values()]
     assert held == [name in ("double-sparsity", "hata") for name in LAYERS]
+    said = [s.reads for s in report(model).sites]
+    assert all(line.startswith("a step reads ") for line in said)
+    assert "by bounds on their scores" in said[0] and said[6] == said[5] + ", those of layer 5"
     for tidal, reused in zip(choices.read[5::7], choices.read[6::7], strict=True):
         assert reused is tidal
 
@@ -425,6 +429,10 @@ def test_prompts_and_layers_that_are_off_read_all():
     assert [bool(found[i].selection) for i in range(5)] == [False, False, False, False, True]
     assert not any(r.declined for r in found.values())
     assert readings([site(0)], Spec.load({"kvc": 1})) == {}
+    plan = make_plan([site(0), site(4)], spec, "cpu")
+    reads = [entry["reads"] for entry in plan_data(plan, Request.of(spec))["sites"]]
+    assert reads[0]["reason"] == "select: off" and json.loads(reads[1]["selection"])["select"]["budget"] == 8
+    assert "| all is read: select: off |" in readme("id", plan, Request.of(spec)).replace("float32 as it is; ", "")
 
 
 # ---------------------------------------------------------------- the operators
