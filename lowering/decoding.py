@@ -75,7 +75,8 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
         return None  # blocks of keys would begin at another token in every tile
     if columns > 8 or max(k.channels, v.channels) > 128:
         warps = max(warps, 2)
-    return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages)
+    waves = 0.5 if packed and max(spans) <= 64 else 1  # more bytes in flight are no faster, and more parts to merge
+    return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages, waves)
 
 
 def other_tiles(k: Form, v: Form) -> int:
@@ -85,8 +86,9 @@ def other_tiles(k: Form, v: Form) -> int:
 
 
 def split_count(t: Tiles, others: int, programs: int, tokens: int, multiprocessors: int) -> int:
-    """Splits of the sequence: as many waves of programs as are aimed at, and a tile for each."""
-    return max(1, min(int(t.waves * multiprocessors * t.resident) // programs, tokens // t.BT + others))
+    """Splits of the sequence: as many waves of programs as are aimed at, or one a tile if one wave holds them."""
+    most, wave = tokens // t.BT + others, multiprocessors * t.resident
+    return max(1, most if most * programs <= min(1, 2 * t.waves) * wave else min(int(t.waves * wave) // programs, most))
 
 
 def apart(t: Tiles, others: int, splits: int, tokens: int) -> tuple[int, int]:
