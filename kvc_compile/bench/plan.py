@@ -19,7 +19,7 @@ def blocks(bits: int) -> dict[str, Any]:
     return {
         "kvc": 1,
         "name": f"{bits} bits",
-        "tokens": {"sink": 4, "recent": {"k": 64, "v": 32}, "flush": {"k": 64, "v": 1}},
+        "tokens": {"sink": 4, "recent": 64, "flush": {"k": 64, "v": 32}},
         "k": {"codec": {"int": bits, "block": [64, 1]}},
         "v": {"codec": {"int": bits, "block": [1, "all"]}},
     }
