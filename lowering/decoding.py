@@ -14,6 +14,7 @@ MOST_COLUMNS = 32  # query rows of a kv head that the kernel takes
 LONGEST_TILE = 128  # tokens
 OTHER_COST = 1.25  # of 16 tokens that are not body, in body tiles: measured on an H100
 UNBALANCED = 0.03
+FULL = 0.9  # of the programs that are aimed at, at least
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ def other_tiles(k: Form, v: Form) -> int:
 def split_count(t: Tiles, others: int, programs: int, tokens: int, multiprocessors: int) -> int:
     """Splits of the sequence: as many waves of programs as are aimed at, or one a tile if one wave holds them."""
     most, wave = tokens // t.BT + others, multiprocessors * t.resident
-    return max(1, most if most * programs <= min(1, 2 * t.waves) * wave else min(int(t.waves * wave) // programs, most))
+    if most * programs <= min(1, 2 * t.waves) * wave:
+        return max(1, most)
+    count = int(t.waves * wave) // programs
+    if count * programs < FULL * t.waves * wave and (count + 1) * programs <= wave:
+        count += 1  # of a number as small as this, a part more is much
+    return max(1, min(count, most))
 
 
 def apart(t: Tiles, others: int, splits: int, tokens: int) -> tuple[int, int]:
