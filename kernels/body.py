@@ -113,6 +113,17 @@ def token_index(j: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr):
 
 
 @triton.jit
+def beside(scores, less, sumq, j: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, F: tl.constexpr):
+    """The scores of part j, of codes alone, with what is beside them: the products of the middles, and less what biased
+    codes are too large by."""
+    if F.params == 2:
+        scores += less[block_of(F, j * 16)]
+    if biased(F):
+        scores -= surplus_of(F, j, BT, TP) * sumq[block_of(F, j * 16)]
+    return scores
+
+
+@triton.jit
 def body_tile(
     tile, k_arena, v_arena, h, NK, NV, mask_rows, mask_p, live, first, end, q, factor, sums, m, mass, sides, acc,
     MASK: tl.constexpr, CAP: tl.constexpr, BT: tl.constexpr, TP: tl.constexpr, CK: tl.constexpr, CV: tl.constexpr,
@@ -142,7 +153,7 @@ def body_tile(
     for j in tl.static_range(J):
         s = s + (tl.zeros([TP, BM], tl.float32),)
         if begins_block(K, j * 16):
-            less, sumq = less + (tl.zeros([16, BM], tl.float32),), sumq + (tl.zeros([16, BM], tl.float32),)
+            less, sumq = less + (tl.zeros([TP, BM], tl.float32),), sumq + (tl.zeros([TP, BM], tl.float32),)
     for a in tl.static_range(KC):
         scores, new_less, new_sumq, scaled = (), (), (), q[a]
         for j in tl.static_range(J):
@@ -150,11 +161,12 @@ def body_tile(
                 stored = load_pairs(k_params, (a * CK + ck) // K.c, (i0 + j * 16) // K.t, K)
                 scale, middle = split_pairs(stored, K)
                 scaled = q[a] * scale[:, None]
+                # products of equal rows: each thread has what its scores need, and no row is looked for
                 if K.params == 2:
-                    y = tl.broadcast_to(middle[None, :], [16, CK])  # a product of equal rows
+                    y = tl.broadcast_to(middle[None, :], [TP, CK])
                     new_less = new_less + (tl.dot(y, q[a], less[block_of(K, j * 16)]),)
                 if biased(K):
-                    y = tl.full([16, CK], 1.0, tl.float16)
+                    y = tl.full([TP, CK], 1.0, tl.float16)
                     new_sumq = new_sumq + (tl.dot(y, scaled, sumq[block_of(K, j * 16)]),)
             x = part(k_low[a], k_high[a], j, biased(K), BT, TP, ASM, WIDE, K)
             if by_token(K):
@@ -163,6 +175,8 @@ def body_tile(
                 x = s[j] + tl.dot(x, scaled) * scale.to(tl.float32)[:, None]
                 if K.params == 2:
                     x += sums[a][None, :] * middle.to(tl.float32)[:, None]
+            elif KC == 1 and begins_block(K, 0):
+                x = tl.dot(x, scaled, beside(s[j], new_less, new_sumq, j, BT, TP, K))
             else:
                 x = tl.dot(x, scaled, s[j])
             scores = scores + (x,)
@@ -174,17 +188,10 @@ def body_tile(
     scores = ()
     for j in tl.static_range(J):
         t = token_index(j, BT, TP)
-        x = s[j] * factor[None, :]
-        if begins_block(K, j * 16):
-            if K.params == 2:
-                middle = tl.max(less[block_of(K, j * 16)], 0) * factor
-            if biased(K):
-                extra = tl.max(sumq[block_of(K, j * 16)], 0) * factor
-        if begins_block(K, 0):
-            if K.params == 2:
-                x += middle[None, :]
-            if biased(K):
-                x -= surplus_of(K, j, BT, TP) * extra[None, :]
+        x = s[j]
+        if KC > 1 and begins_block(K, 0):
+            x = beside(x, less, sumq, j, BT, TP, K)
+        x = x * factor[None, :]
         x = capped(x, CAP * LOG2E)
         if MASK != NO_MASK:
             p = i0 + t + K.sink

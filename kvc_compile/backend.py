@@ -14,6 +14,7 @@ from kvc_compile.doors import install
 from kvc_compile.dump import Trail
 from kvc_compile.passes.fuse import fuse_appends
 from kvc_compile.passes.fx import duplicate, value
+from kvc_compile.passes.products import fuse_products
 from kvc_compile.passes.rewrite import rewrite
 from kvc_compile.passes.verify import verify
 from kvc_compile.report import Compile, places_of, remember, say_read_back, unselected, warn_declined
@@ -40,6 +41,9 @@ def compile_graph(gm: GraphModule, example_inputs: list[Any], request: Request):
     rewritten = rewrite(gm, matches, plan)
     fuse_appends(gm.graph)
     verify(gm, plan)
+    if request.linear and plan.entries:
+        fuse_products(gm.graph)
+        gm.recompile()
     trail.rewritten(gm)
     if beside:
         beside.compare_with(gm, rewritten)

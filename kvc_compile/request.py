@@ -18,6 +18,7 @@ RUNTIME = {
     "verify": "true or false",
     "strict": "true or false: an attention that is declined is an error",
     "tune": "true or false: on a GPU, time the kernels' variants when a layout is first used (KVC_TUNE=0: never)",
+    "linear": "true or false: on a GPU, linear layers of a decode step by a kernel of ours",
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -36,6 +37,7 @@ class Request:
     verify: bool = False
     strict: bool = False
     tune: bool = True
+    linear: bool = False
     device: str | None = None  # to plan for, where nothing is compiled: "cpu" or "cuda"; that of the inputs if None
 
     @staticmethod
@@ -64,7 +66,7 @@ class Request:
         chosen = runtime.get("mode") or mode or "default"
         if chosen not in MODES:
             raise OptionError(f"mode {chosen!r}: allowed are {', '.join(MODES)}")
-        switches = {"verify": False, "strict": False, "tune": True}
+        switches = {"verify": False, "strict": False, "tune": True, "linear": False}
         for key in switches:
             switches[key] = runtime.get(key, switches[key])
             if not isinstance(switches[key], bool):
@@ -73,7 +75,8 @@ class Request:
         if dump is not None and not isinstance(dump, (str, Path)):
             raise OptionError(f"option 'dump' is {dump!r}: the path of a directory is allowed")
         made = Request(loaded, chosen, str(dump) if dump else None)
-        return replace(made, verify=switches["verify"], strict=switches["strict"], tune=switches["tune"])
+        verify, strict, tune, linear = (switches[name] for name in ("verify", "strict", "tune", "linear"))
+        return replace(made, verify=verify, strict=strict, tune=tune, linear=linear)
 
 
 __all__ = ["OptionError", "Request", "SpecError"]

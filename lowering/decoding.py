@@ -14,6 +14,7 @@ MOST_COLUMNS = 32  # query rows of a kv head that the kernel takes
 LONGEST_TILE = 128  # tokens
 OTHER_COST = 1.25  # of 16 tokens that are not body, in body tiles: measured on an H100
 UNBALANCED = 0.03
+FULL = 0.9  # of the programs that are aimed at, at least
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def tiles(k: Form, v: Form, rows: int, dtype: torch.dtype) -> Tiles | None:
         return None  # blocks of keys would begin at another token in every tile
     if columns > 8 or max(k.channels, v.channels) > 128:
         warps = max(warps, 2)
-    return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages)
+    waves = 0.5 if packed and max(spans) <= 64 else 1  # more bytes in flight are no faster, and more parts to merge
+    return Tiles(columns, tile, part, min(chunk(k), widest[0]), min(chunk(v), widest[1]), warps, stages, waves)
 
 
 def other_tiles(k: Form, v: Form) -> int:
@@ -85,8 +87,14 @@ def other_tiles(k: Form, v: Form) -> int:
 
 
 def split_count(t: Tiles, others: int, programs: int, tokens: int, multiprocessors: int) -> int:
-    """Splits of the sequence: as many waves of programs as are aimed at, and a tile for each."""
-    return max(1, min(int(t.waves * multiprocessors * t.resident) // programs, tokens // t.BT + others))
+    """Splits of the sequence: as many waves of programs as are aimed at, or one a tile if one wave holds them."""
+    most, wave = tokens // t.BT + others, multiprocessors * t.resident
+    if most * programs <= min(1, 2 * t.waves) * wave:
+        return max(1, most)
+    count = int(t.waves * wave) // programs
+    if count * programs < FULL * t.waves * wave and (count + 1) * programs <= wave:
+        count += 1  # of a number as small as this, a part more is much
+    return max(1, min(count, most))
 
 
 def apart(t: Tiles, others: int, splits: int, tokens: int) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def test_what_a_layout_rules_out_is_gone():
     assert "inline_asm" in decode and "def encode_elements" not in token and "fp8_bits" not in token
     raw = {x.function: render(x, "", layouts) for x, layouts in kernels("raw")}
     assert "params_pointer" not in raw["decode_split"] and "quantise" not in raw["append_token"]
-    assert "# the queries come first" in decode and "# a product of equal rows" in decode, "comments stay"
+    assert "# the queries come first" in decode and "# products of equal rows" in decode, "comments stay"
 
 
 # ---------------------------------------------------------------- folding

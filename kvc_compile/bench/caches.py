@@ -70,11 +70,11 @@ class Compressed(HfStatic):
 
     own_graph, compiled_prefill = False, True
 
-    def __init__(self, config: Any, device: str, mode: str | None, spec: Spec):
+    def __init__(self, config: Any, device: str, mode: str | None, spec: Spec, linear: bool = False):
         super().__init__(config, device, mode)
         self.name, self.spec = spec.name, spec  # type: ignore[misc]
         self.pairs = models.layouts(config, spec, device)
-        self.options: dict[str, Any] = {"spec": spec, "mode": self.mode, "strict": True}
+        self.options: dict[str, Any] = {"spec": spec, "mode": self.mode, "strict": True, "linear": linear}
 
     def compile(self, model: Any) -> Callable[..., Any]:
         return torch.compile(model, backend="kvc", options=self.options)
@@ -124,8 +124,10 @@ def usual_mode(device: str) -> str:
     return "reduce-overhead" if device.startswith("cuda") else "default"
 
 
-def cache_of(name: str, spec: Mapping[str, Any] | None, config: Any, device: str, mode: str | None = None) -> HfStatic:
-    """mode: of `torch.compile`; CUDA graphs on a GPU unless given."""
+def cache_of(
+    name: str, spec: Mapping[str, Any] | None, config: Any, device: str, mode: str | None = None, linear: bool = False
+) -> HfStatic:
+    """mode: of `torch.compile`; CUDA graphs on a GPU unless given. linear: the option, for what is compressed."""
     if spec is not None:
-        return Compressed(config, device, mode, Spec.load(spec))
+        return Compressed(config, device, mode, Spec.load(spec), linear)
     return {STATIC: HfStatic, QUANTIZED: HfQuantized}[name](config, device, mode)

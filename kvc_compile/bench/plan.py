@@ -19,7 +19,7 @@ def blocks(bits: int) -> dict[str, Any]:
     return {
         "kvc": 1,
         "name": f"{bits} bits",
-        "tokens": {"sink": 4, "recent": {"k": 64, "v": 32}, "flush": {"k": 64, "v": 1}},
+        "tokens": {"sink": 4, "recent": 64, "flush": {"k": 64, "v": 32}},
         "k": {"codec": {"int": bits, "block": [64, 1]}},
         "v": {"codec": {"int": bits, "block": [1, "all"]}},
     }
@@ -36,7 +36,8 @@ class Settings:
     """What was asked for. contexts, batches: of the model part; growth: its contexts, at batch 1; prompts: of the
     prefill part; room_at: the context at which the largest batch is looked for; memory: bytes that may be used, None
     for all of the device; mode: of `torch.compile`, None for CUDA graphs on a GPU; weights: None as
-    they are, or one of WEIGHTS; until: the time (of `time.time`) after which nothing more is begun."""
+    they are, or one of WEIGHTS; linear: the option of compressed caches; until: the time (of `time.time`)
+    after which nothing more is begun."""
 
     device: str
     parts: tuple[str, ...] = PARTS
@@ -51,6 +52,7 @@ class Settings:
     memory: int | None = None
     mode: str | None = None
     weights: str | None = None
+    linear: bool = False
     until: float | None = None
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ def layouts(name: str, heads: Heads, dtype: str, word: int) -> tuple[Layout, Lay
     kind, _, group = name.partition(" g")
     t, bits = int(group or 64), int(kind[3:])
     k, v = (Codec("int", bits, block, True) for block in ((t, 1), (1, vd)))
-    return Layout(k, heads.heads, kd, dtype, 4, 64, t, word), Layout(v, heads.heads, vd, dtype, 4, 32, 1, word)
+    return Layout(k, heads.heads, kd, dtype, 4, max(64, t), t, word), Layout(v, heads.heads, vd, dtype, 4, 32, 1, word)
 
 
 def dense_bytes(heads: Heads, batch: int, context: int) -> int:

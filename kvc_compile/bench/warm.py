@@ -47,7 +47,7 @@ def model(job: Job) -> None:
     """Compile the graphs of the job's points, and on a GPU the kernels of its layouts."""
     s = job.settings
     config = models.config_of(s.model, s.device)
-    cache = cache_of(job.cache, job.spec, config, s.device, s.mode)
+    cache = cache_of(job.cache, job.spec, config, s.device, s.mode, s.linear)
     for point in job.points:
         if point.part != "prefill" or cache.compiled_prefill:
             trace(cache, config, point, s, point.context + WARM_STEPS + s.steps + SPARE)

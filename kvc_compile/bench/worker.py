@@ -47,7 +47,10 @@ def model_rows(job: Job) -> Iterator[Any]:
     found = ceilings.measure(s.device, models.dtype_of(s.device))
     yield found
     bench = Bench(
-        models.build(config, s.device, s.weights), cache_of(job.cache, job.spec, config, s.device, s.mode), found, s
+        models.build(config, s.device, s.weights),
+        cache_of(job.cache, job.spec, config, s.device, s.mode, s.linear),
+        found,
+        s,
     )
     bench.free()
     for point in job.points:

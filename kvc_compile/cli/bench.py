@@ -29,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument("--batches", metavar="N,N", type=numbers, help="of the model part (default: 1,8,32)")
     p.add_argument("--mode", metavar="MODE", help="of torch.compile, for all caches alike (default: reduce-overhead)")
     p.add_argument("--weights", metavar="int8", help="quantise the model's, for all caches alike; needs torchao")
+    p.add_argument("--linear", action="store_true", help="the option `linear: true`, for compressed caches")
     p.add_argument("--memory", metavar="GB", type=float, help="use no more than this (default: all of the device)")
     p.add_argument("--minutes", metavar="N", type=float, help="begin nothing after as many minutes")
     p.add_argument("--out", metavar="FILE.json", help="write all results as JSON")
@@ -80,7 +81,7 @@ def settings(args: argparse.Namespace) -> Any:
         raise OptionError("--device cuda: torch sees no GPU here")
     if device != "cpu" and not device.startswith("cuda"):
         raise OptionError(f"--device {device}: auto, cpu, cuda and cuda:N are allowed")
-    asked: dict[str, Any] = {"model": args.model, "mode": args.mode, "weights": args.weights}
+    asked: dict[str, Any] = {"model": args.model, "mode": args.mode, "weights": args.weights, "linear": args.linear}
     if args.parts:
         asked["parts"] = tuple(args.parts)
     for name in ("contexts", "batches"):
