@@ -27,12 +27,16 @@ from kvc_compile.kernels.keep.rule import Outcome, Past, apply
 from kvc_compile.kernels.keep.slots import SHIFT, first_slot, positions_of, seen
 from kvc_compile.kernels.keep.slots import positions as slot_positions
 from kvc_compile.kernels.keep.slots import sight as slot_sight
-from kvc_compile.kernels.reference import EVICTED, HIDDEN
+from kvc_compile.kernels.reference import EVICTED, HIDDEN, LENGTH
 from kvc_compile.layout import Layout
 from kvc_compile.lowering import cpu, ops
 from kvc_compile.policy import Policy
 
 log = logging.getLogger("kvc_compile")
+NOT_AT_END = (
+    "a token is written before the end of a compressed cache that has evicted tokens: append at its end, or empty it "
+    "first (cache.reset())"
+)
 UNSAFE = (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else ()
 
 
@@ -40,7 +44,16 @@ UNSAFE = (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_un
 def slots(k_data: Tensor, positions: Tensor, layout: str) -> Tensor:
     """The slots of the positions int64 [n], consecutive and at the cache's end (or 0, where it begins anew)."""
     view = reference.views(k_data, Layout.parse(layout))
+    check_end(view, positions[0], anew=positions.shape[0] > 1)  # what follows is `keep`, which empties it
     return positions + (first_slot(view, positions[0])[0] - positions[0])
+
+
+def check_end(view: reference.Views, start: Tensor, anew: bool) -> None:
+    """Raise, on a GPU at some later time, where a token is not appended at the end of a cache that has evicted some:
+    its slots say nothing of what was there before. anew: it may begin anew, at position 0."""
+    length, evicted = view.header[0, 0, LENGTH], view.header[0, 0, EVICTED]
+    fine = (evicted == 0) | (start == length + evicted)
+    torch._assert_async(fine | (start == 0) if anew else fine, NOT_AT_END)
 
 
 @ops.shapes(slots)
@@ -155,7 +168,8 @@ def step(
     k_view, v_view = reference.views(k_data, k_parsed), reference.views(v_data, v_parsed)
     start = None if at is None else at[0]
     assert k_view.words is not None
-    if start is not None:  # a cache begins anew at position 0
+    if start is not None:
+        check_end(k_view, start, anew=True)
         for part in (k_view.header, v_view.header, k_view.words):
             part.mul_((start != 0).to(part.dtype))
     length, position = first_slot(k_view, start)
@@ -222,16 +236,17 @@ def keep_turns(turns: Sequence[Turn], place: tuple[int, int], policy: Policy) ->
     contents = [arrive(t) for t in turns]
     if len({c.k.shape[2] for c in contents}) > 1:
         log.warning("kvc: layers that share a budget hold different numbers of tokens by now: all of this prompt stays")
-        outcomes: list[Outcome | None] = [None] * len(turns)
-    else:
-        layers = [attention_of(t, c, policy) for t, c in zip(turns, contents, strict=True)]
-        values, holes = [c.v for c in contents], [c.place < 0 for c in contents]
-        received = [before(t, c) for t, c in zip(turns, contents, strict=True)] if policy.accumulates else None
-        seen = seen_by(turns[0].mask, contents[0].end, layers[0].visible.shape[0], layers[0].k.device)
-        past = Past(seen, holes, received)
-        outcomes = [*apply(policy.rule, policy.regions, layers, values, past=past, place=place)]
-    for t, c, o in zip(turns, contents, outcomes, strict=True):
-        settle(t, c, o)
+        for t in turns:
+            append(t)
+        return
+    layers = [attention_of(t, c, policy) for t, c in zip(turns, contents, strict=True)]
+    values, holes = [c.v for c in contents], [c.place < 0 for c in contents]
+    received = [before(t, c) for t, c in zip(turns, contents, strict=True)] if policy.accumulates else None
+    seen = seen_by(turns[0].mask, contents[0].end, layers[0].visible.shape[0], layers[0].k.device)
+    past = Past(seen, holes, received)
+    outcomes = apply(policy.rule, policy.regions, layers, values, past=past, place=place)
+    for i, o in enumerate(outcomes):
+        settle(turns[i], contents[i], o, layers[i].visible.unsqueeze(1) & ~holes[i])
 
 
 def arrive(t: Turn) -> Content:
@@ -276,10 +291,11 @@ def start_at(data: Tensor, layout: Layout, start: int | None) -> None:
         if view.words is not None:
             view.words.zero_()
         return
-    slot = start - evicted
+    slot = start - evicted  # of which those before must hold what was appended before `start`, and no others
     if slot > length:
         raise ValueError(f"tokens are appended at position {start} of a compressed cache that holds {length + evicted}")
-    if (view.words is not None and bool((view.words[:, :, SHIFT, max(slot, 0) : length] != evicted).any())) or slot < 0:
+    place = None if view.words is None else positions_of(view, length, 0)
+    if slot < 0 or (place is not None and bool((place[..., :slot] >= start).any() | (place[..., slot:] < start).any())):
         raise ValueError(
             f"tokens are appended at position {start} of a cache that has evicted tokens from there on: begin anew, at "
             "position 0"
@@ -314,14 +330,17 @@ def sees(t: Turn, c: Content, q: Tensor, older: bool) -> Tensor | None:
     return mask if mask is None else mask[..., : c.k.shape[2]].expand(c.k.shape[0], -1, -1, -1)
 
 
-def settle(t: Turn, c: Content, o: Outcome | None) -> None:
-    """Store what stays."""
-    tokens = c.k.shape[2]
-    if o is None or bool((o.kept.count == tokens).all()):
-        ops.store(t.k_data, t.k_new, None, t.k_layout)
-        ops.store(t.v_data, t.v_new, None, t.v_layout)
-        if o is not None and o.total is not None:
-            steps.totals(reference.views(t.k_data, t.k_layout))[..., :tokens] = o.total
+def append(t: Turn) -> None:
+    ops.store(t.k_data, t.k_new, None, t.k_layout)
+    ops.store(t.v_data, t.v_new, None, t.v_layout)
+
+
+def settle(t: Turn, c: Content, o: Outcome, there: Tensor) -> None:
+    """Store what stays of the slots `there`, bool [B, H, T], that the newest query sees."""
+    if o.merged is None and bool((o.kept.count >= there.sum(-1)).all()):
+        append(t)
+        if o.total is not None:
+            steps.totals(reference.views(t.k_data, t.k_layout))[..., : c.k.shape[2]] = o.total
         return
     slots = int(o.kept.count.max())
     index, holes = o.kept.index[..., :slots], o.kept.holes[..., :slots]

@@ -278,3 +278,42 @@ def test_each_new_token_pushes_one_out(name, kind, plain):
     layer = four.layers[0]
     assert held(layer) == oracle.positions(0) or name == "h2o"
     assert layer.keys.stored.codec.bits == 4 and len(held(layer)[0][0]) == len(oracle.positions(0)[0][0])
+
+
+@pytest.mark.parametrize("steps_too", [False, True])
+def test_it_is_written_at_its_end_only(steps_too, plain):
+    """Slots say nothing of what was at a position before; what could not be right is an error, for both kinds."""
+    spec = spec_of("snapkv")
+    if steps_too:
+        spec = {"kvc": 1, "tokens": {"sink": 2, "recent": 4}, "keep": {"when": ["prefill_end", "append"], "budget": 6}}
+    model = torch.compile(copy.deepcopy(plain), backend="kvc", options=spec)
+    cache, one = new_cache(plain, "static", ROOM), prompt(2, 1)
+    with torch.no_grad():
+        model(input_ids=prompt(2, TOKENS), past_key_values=cache)
+        for layer in cache.layers:
+            layer.cumulative_length -= 3
+        with pytest.raises(RuntimeError, match="before the end of a compressed cache that has evicted"):
+            model(input_ids=one, past_key_values=cache)
+    cache = new_cache(plain, "dynamic")
+    with torch.no_grad():
+        model(input_ids=prompt(2, TOKENS), past_key_values=cache)
+        for _ in range(8):
+            model(input_ids=one.clone(), past_key_values=cache)
+        keys = cache.layers[0].keys
+        if steps_too:
+            with pytest.raises(ValueError, match="evicted tokens from there on"):
+                keys[:, :, : TOKENS + 4]
+        else:
+            assert held(type("Layer", (), {"keys": keys[:, :, : TOKENS + 4]}))[0][0][-4:] == [60, 61, 62, 63]
+
+
+@KINDS
+def test_padding_within_the_budget_is_left_as_it_is(kind, plain):
+    """Rows of other lengths, of which all fit: the codes are those of a cache that keeps all."""
+    ids = prompt(2, 16)
+    ids[1, :9] = 0
+    found = []
+    for spec in (spec_of("snapkv", **BITS), {"kvc": 1, "tokens": {"sink": 2, "recent": {"k": 32, "v": 4}}, **BITS}):
+        model = torch.compile(copy.deepcopy(plain), backend="kvc", options=spec)
+        found.append(steps(model, new_cache(plain, kind, ROOM), ids, (ids != 0).long(), prompt(2, 3, seed=3)))
+    assert torch.equal(*found)
