@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from kvc_compile.difference import Difference, Differences
 from kvc_compile.handle import CacheHandle
+from kvc_compile.lowering import cpu
 from kvc_compile.passes.alias import memory
 from kvc_compile.passes.fx import duplicate, output, writes
 from kvc_compile.passes.rewrite import SITE, Rewritten
@@ -55,13 +56,16 @@ class Beside:
         return self.calls >= CALLS
 
     @torch.no_grad()
-    def run(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """(the untouched graph's inputs, its outputs), before the rewritten graph runs."""
+    def run(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]] | None:
+        """(the untouched graph's inputs, its outputs), before the rewritten graph runs; None where a cache that it
+        would start from has evicted tokens."""
         caches = {i.index for i in self.rewritten.inputs} | {i for i, _ in self.rewritten.dense}
         mine = list(args)
         for i, x in enumerate(args):
             if isinstance(x, CacheHandle):
                 kept = getattr(x.arena, "kvc_beside", None)
+                if kept is None and x.stored.evicts and cpu.evicted(x.arena, x.stored):
+                    return None
                 mine[i] = x.dense() if kept is None else kept
             elif isinstance(x, Tensor) and (i in caches or i in self.written):
                 mine[i] = x.clone()
@@ -90,7 +94,11 @@ class Beside:
 
     def warn(self, plan: SitePlan) -> None:
         """A cache that is stored as it is, and read whole, must not make a difference."""
-        if (plan.reading and plan.reading.selection) or any(x.codec.kind != "raw" for x in (plan.key, plan.value)):
+        if (
+            plan.key.evicts
+            or (plan.reading and plan.reading.selection)
+            or any(x.codec.kind != "raw" for x in (plan.key, plan.value))
+        ):
             return
         found = self.found.sites[plan.site.index].relative
         if not found <= LOSSLESS.get(getattr(torch, plan.key.dtype), LOSSLESS_HALF):

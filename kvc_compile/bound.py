@@ -162,7 +162,8 @@ def fitted(arena: Tensor, layout: Layout, tokens: int, o: Output) -> tuple[Tenso
     policy = Policy.parse(o.keep) if o.keep else None
     most = capacity(policy.rule, policy.regions, tokens) if policy and policy.steps else None
     if o.arena < 0:
-        slots = tokens - 1 - getattr(arena, "kvc_evicted", 0)  # before this step
+        known = getattr(arena, "kvc_evicted", None)  # None: it was loaded, or made elsewhere
+        slots = tokens - 1 - (cpu.evicted(arena, layout) if known is None else known)  # before this step
         gone = tokens - (slots + 1 if most is None else min(slots + 1, max(slots, most)))
         arena.kvc_evicted = gone  # type: ignore[attr-defined]
         return arena, gone

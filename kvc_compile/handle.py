@@ -315,7 +315,7 @@ def extended(h: CacheHandle, x: Tensor) -> CacheHandle:
     size = max(h.arena.shape[1], layout.row_bytes(tokens + 1))  # the next token must fit without moving the arena
     arena = moved(cpu.resize(h.arena, size, layout), h.arena)
     if layout.evicts:
-        arena.kvc_evicted = h.arena.kvc_evicted  # type: ignore[attr-defined]
+        arena.kvc_evicted = cpu.evicted(arena, layout)  # type: ignore[attr-defined]
         keeping.start_at(arena, layout, held)
     if held < tokens:  # at these positions: a graph may have appended to the arena, for another handle, since
         at = None if layout.evicts else torch.arange(held, tokens, device=x.device)

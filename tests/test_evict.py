@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -317,3 +319,22 @@ def test_padding_within_the_budget_is_left_as_it_is(kind, plain):
         model = torch.compile(copy.deepcopy(plain), backend="kvc", options=spec)
         found.append(steps(model, new_cache(plain, kind, ROOM), ids, (ids != 0).long(), prompt(2, 3, seed=3)))
     assert torch.equal(*found)
+
+
+def test_verify_and_the_dump(plain, tmp_path, caplog):
+    """What goes makes a difference, which is no fault of the rewrite; the script of the dump runs."""
+    model = torch.compile(
+        copy.deepcopy(plain), backend="kvc", options={"spec": spec_of("snapkv"), "verify": True, "dump": str(tmp_path)}
+    )
+    with caplog.at_level(logging.WARNING, "kvc_compile"):
+        cache = new_cache(plain, "dynamic")
+        decode(model, cache, prompt(2, TOKENS), steps=20)
+        decode(model, copy.deepcopy(cache), prompt(2, 3), steps=2)  # its twin's full cache is not known
+    assert not caplog.records
+    folders = [f for f in tmp_path.iterdir() if (f / "repro.py").exists()]
+    plans = [(f / "plan.json").read_text() for f in folders]
+    assert len(folders) == 3 and all('"keep"' in p for p in plans)
+    assert "10 more tokens of each prompt stay" in (folders[0] / "index.html").read_text()
+    prefill = next(f for f in folders if "torch.ops.kvc.keep" in (f / "1_rewritten.py").read_text())
+    done = subprocess.run([sys.executable, "-P", str(prefill / "repro.py"), "--eager"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
