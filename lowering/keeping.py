@@ -13,6 +13,7 @@ so it is no part of a CUDA graph. Where nothing goes, it appends and no more: th
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,7 +236,7 @@ def keep_turns(turns: Sequence[Turn], place: tuple[int, int], policy: Policy) ->
     """`keep` on what it is called with, one `Turn` a layer."""
     contents = [arrive(t) for t in turns]
     if len({c.k.shape[2] for c in contents}) > 1:
-        log.warning("kvc: layers that share a budget hold different numbers of tokens by now: all of this prompt stays")
+        say("kvc: layers that share a budget hold different numbers of tokens by now: all of a later prompt stays")
         for t in turns:
             append(t)
         return
@@ -247,6 +248,12 @@ def keep_turns(turns: Sequence[Turn], place: tuple[int, int], policy: Policy) ->
     outcomes = apply(policy.rule, policy.regions, layers, values, past=past, place=place)
     for i, o in enumerate(outcomes):
         settle(turns[i], contents[i], o, layers[i].visible.unsqueeze(1) & ~holes[i])
+
+
+@functools.cache
+def say(text: str) -> None:
+    """A warning, once."""
+    log.warning(text)
 
 
 def arrive(t: Turn) -> Content:
