@@ -338,3 +338,17 @@ def test_verify_and_the_dump(plain, tmp_path, caplog):
     prefill = next(f for f in folders if "torch.ops.kvc.keep" in (f / "1_rewritten.py").read_text())
     done = subprocess.run([sys.executable, "-P", str(prefill / "repro.py"), "--eager"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@KINDS
+def test_a_step_takes_the_slots_of_padding(kind, plain):
+    """Padding that was stored with a short prompt makes room first: no slot more is used."""
+    spec = {"kvc": 1, "tokens": {"sink": 2, "recent": 4}, "keep": {"when": ["prefill_end", "append"], "budget": 3}}
+    ids = prompt(2, 9)
+    ids[1, :5] = 0
+    cache = new_cache(plain, kind, ROOM)
+    model = torch.compile(copy.deepcopy(plain), backend="kvc", options=spec)
+    got = steps(model, cache, ids, (ids != 0).long(), prompt(2, 12, seed=3))
+    keys = cache.layers[0].keys
+    assert cpu.length(keys.arena, keys.stored) == 9 and got.isfinite().all()
+    assert held(cache.layers[0]) == [[[0, 1, *range(14, 21)]] * 2, [[5, 6, *range(14, 21)]] * 2]
