@@ -198,7 +198,10 @@ def give(o: Output, outs: list[Any], args: Sequence[Any], owner: str) -> CacheHa
         arena, gone = fitted(arena, layout, tokens, o)
         total -= gone
     if not o.static and layout.body_tokens(total + 1) > layout.capacity_of(arena.shape[1]):
-        arena = moved(cpu.grow(arena, total + SLACK, layout), arena)  # the next token must fit without moving the arena
+        grown = cpu.grow(arena, total + SLACK, layout)  # the next token must fit without moving the arena
+        if layout.evicts:
+            grown.kvc_evicted = arena.kvc_evicted  # type: ignore[attr-defined]
+        arena = grown
     track(arena, Tag(owner, o.layer, o.role))
     if o.static:
         return CacheHandle(arena, o.layout, tokens, True)

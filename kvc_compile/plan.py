@@ -136,6 +136,12 @@ def evicting(layout: Layout, keep: Keep | str, keys: bool) -> Layout:
     return replace(layout, recent=0, flush=1) if policy.steps else layout
 
 
+def takes(stored: Layout, policy: Policy) -> bool:
+    """Whether a policy can go on with a cache of this layout."""
+    one_by_one = stored.recent == 0 and stored.codec.block[0] <= 1
+    return stored.evicts and stored.words == policy.words and (one_by_one or not policy.steps)
+
+
 def keeps(sites: Sequence[Site], asked: Mapping[int, str], existing: Mapping[str, Layout]) -> dict[int, Keep | str]:
     """What each site keeps, or why it keeps all, "" where that is what is asked."""
     uses = Counter(s.key.buffer for s in sites)
@@ -151,8 +157,8 @@ def keeps(sites: Sequence[Site], asked: Mapping[int, str], existing: Mapping[str
             out[s.index] = "it is a sliding window"
         elif uses[s.key.buffer] > 1:
             out[s.index] = "several attentions read it"
-        elif stored is not None and not stored.evicts:
-            out[s.index] = "it was made where all tokens stay"
+        elif stored is not None and not takes(stored, Policy.parse(asked[s.index])):
+            out[s.index] = "it was made where all tokens stay, or go by another rule"
         else:
             out[s.index] = Keep(asked[s.index], s.layer, 0)
     layers = 1 + max((s.layer for s in sites), default=0)

@@ -104,10 +104,10 @@ def keep(
     q: Sequence[Tensor],
     k_new: Sequence[Tensor],
     v_new: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    sinks: Sequence[Tensor],
-    at: Tensor | None,
-    causal: bool,
+    masks: Sequence[Tensor | None],
+    sinks: Sequence[Tensor | None],
+    at: Sequence[Tensor | None],
+    causal: Sequence[bool],
     scales: Sequence[float],
     caps: Sequence[float],
     k_layouts: str,
@@ -119,19 +119,16 @@ def keep(
 ) -> None:
     """Append k_new, v_new [B, H, m, D] to the caches of the layers `first` .. of `total`, and keep what `policy` says.
 
-    q: [B, query heads, n, D], the queries of the newest n tokens; masks, sinks: one for each layer, or none at all;
-    at: the positions of the new tokens, int64 [m]; causal: a query sees no later token, where there are no masks;
+    q: [B, query heads, n, D], the queries of the newest n tokens; at: the positions of the new tokens, int64 [m];
+    causal: a query sees no later token, where there is no mask;
     k_layouts, v_layouts: one key for each layer, with spaces between; after: as of `kvc::append`.
     """
-    start = None if at is None else int(at[0])
     k_parsed, v_parsed = ([*map(Layout.parse, keys.split())] for keys in (k_layouts, v_layouts))
-    turns = [
-        Turn(
-            q[i], k_data[i], v_data[i], k_new[i], v_new[i], whole_mask(masks[i], q[i].shape[2]) if masks else None,
-            sinks[i] if sinks else None, causal, scales[i], caps[i], k_parsed[i], v_parsed[i], start,
-        )
-        for i in range(len(q))
-    ]  # fmt: skip
+    turns = []
+    for i, positions in enumerate(at):
+        mask, start = whole_mask(masks[i], q[i].shape[2]), None if positions is None else int(positions[0])
+        sees = mask, sinks[i], causal[i], scales[i], caps[i]
+        turns.append(Turn(q[i], k_data[i], v_data[i], k_new[i], v_new[i], *sees, k_parsed[i], v_parsed[i], start))
     keep_turns(turns, (first, total), Policy.parse(policy))
 
 
@@ -235,12 +232,12 @@ class Content:
 def keep_turns(turns: Sequence[Turn], place: tuple[int, int], policy: Policy) -> None:
     """`keep` on what it is called with, one `Turn` a layer."""
     contents = [arrive(t) for t in turns]
-    if len({c.k.shape[2] for c in contents}) > 1:
-        say("kvc: layers that share a budget hold different numbers of tokens by now: all of a later prompt stays")
+    layers = [attention_of(t, c, policy) for t, c in zip(turns, contents, strict=True)]
+    if any(not torch.equal(a.visible, layers[0].visible) for a in layers):
+        say("kvc: layers that share what stays hold, or see, different tokens: all of this prompt stays")
         for t in turns:
             append(t)
         return
-    layers = [attention_of(t, c, policy) for t, c in zip(turns, contents, strict=True)]
     values, holes = [c.v for c in contents], [c.place < 0 for c in contents]
     received = [before(t, c) for t, c in zip(turns, contents, strict=True)] if policy.accumulates else None
     seen = seen_by(turns[0].mask, contents[0].end, layers[0].visible.shape[0], layers[0].k.device)

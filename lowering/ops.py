@@ -71,7 +71,12 @@ def append(data: Tensor, x: Tensor, positions: Tensor | None, layout: str, after
     after: results of the operators that read the arena before. Nothing is done with them, but in a functional graph
     they are all that keeps the readers before the append; moved behind it, they would need a copy of the arena.
     """
-    store(data, x, positions, Layout.parse(layout))
+    parsed = Layout.parse(layout)
+    if parsed.evicts and positions is not None and x.shape[2] > 1:  # at slot 0 a cache begins anew
+        view = views(data, parsed)
+        for part in (view.header[..., EVICTED], *([] if view.words is None else [view.words])):
+            part.mul_((positions[0] != 0).to(part.dtype))
+    store(data, x, positions, parsed)
 
 
 def store(data: Tensor, x: Tensor, positions: Tensor | None, layout: Layout) -> None:
