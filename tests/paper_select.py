@@ -112,7 +112,8 @@ def tokens(score, k, budget, sink, recent):
     return [paper.by_score(score(h), n, budget, sink, recent) for h in range(len(k))]
 
 
-def pages(n, first, size, sink, recent):
+def pages(n, first, size, sink=0, recent=0):
+    """Pages of `size` slots of a row that starts at slot `first`: tokens outside the regions."""
     out = {}
     for t in paper.middle(n, sink, recent):
         out.setdefault((first + t) // size, []).append(t)

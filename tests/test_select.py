@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_select import best, pages
 from test_keep_papers import GROUPS, HEADS, LENGTHS, WIDTH, random_data
 
 from kvc_compile.kernels.keep.tokens import parts
@@ -95,25 +96,6 @@ def test_hata(gqa, center):
             assert row[h] == paper.top(score, n // 10, range(n))
 
 
-def pages(n, first, size, sink=0, recent=0):
-    """Pages of `size` slots of a row that starts at slot `first`: tokens outside the regions."""
-    body = paper.middle(n, sink, recent)
-    out = {}
-    for t in body:
-        out.setdefault((first + t) // size, []).append(t)
-    return list(out.values())
-
-
-def best_pages(score, units, budget):
-    chosen, left = [], budget
-    for i in sorted(range(len(units)), key=lambda i: (-float(score[i]), i)):
-        if len(units[i]) > left:
-            break
-        chosen += units[i]
-        left -= len(units[i])
-    return chosen
-
-
 @pytest.mark.parametrize("pin", [0, 2])
 def test_shadowkv(pin):
     data = random_data(4)
@@ -127,7 +109,7 @@ def test_shadowkv(pin):
             out = sorted(range(len(units)), key=lambda i: (least[i], i))[:pin]
             score = shared(of_group(q, h) @ landmark.T, "max")
             rest = [i for i in range(len(units)) if i not in out]
-            chosen = best_pages(score[rest], [units[i] for i in rest], 24)
+            chosen = best(score[rest], [units[i] for i in rest], 24)
             assert row[h] == sorted({*chosen, *(t for i in out for t in units[i]), *range(n - 5, n)})
 
 
@@ -142,7 +124,7 @@ def test_quest():
                 for i, u in enumerate(units):
                     low, high = k[h, u].min(0).values, k[h, u].max(0).values
                     bound[g, i] = sum(max(float(x[c] * low[c]), float(x[c] * high[c])) for c in range(WIDTH))
-            assert row[h] == sorted(best_pages(shared(bound, "max"), units, 32))
+            assert row[h] == sorted(best(shared(bound, "max"), units, 32))
 
 
 def test_quest_bounds_every_logit_of_a_page():

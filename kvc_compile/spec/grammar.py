@@ -473,35 +473,18 @@ class Apart(Planned):
 
 
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Apart):
     """A value of which another part of the program says whether it runs. resolve: raises `Unbuilt` if not."""
 
-    type: Type
     resolve: Callable[[Any], object]
 
-    def claims(self, node: Node) -> bool:
-        return self.type.claims(node)
-
     def check(self, node: Node, path: Path, ctx: Context) -> Any:
-        ctx.planned += 1
-        try:
-            data = self.type.check(node, path, ctx)
-        finally:
-            ctx.planned -= 1
+        data = super().check(node, path, ctx)
         try:
             self.resolve(data)
         except Unbuilt as e:
             ctx.later(path, str(e))
         return data
-
-    def text(self) -> str:
-        return self.type.text()
-
-    def json(self) -> Json:
-        return self.type.json()
-
-    def words(self) -> tuple[str, ...]:
-        return self.type.words()
 
 
 class Container:
